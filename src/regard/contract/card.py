@@ -1,0 +1,135 @@
+"""The card: what a system is and what it claims. Every claim switches on a check; what is not claimed is refused.
+
+A card is one literal call at module level, `CARD = OpCard(...)`, so that it can be read without importing its file.
+One class per kind of system; all fields are literals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+ATTENDS = ("self", "causal_self", "cross", "causal_cross")
+ACCEPTS = ("pattern", "mask", "bias", "scale", "dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The head that all cards share.
+
+    slug: the system's one name. title: for people. paper: the title of its source.
+    part_of: the slug whose card owns this idea, where the same system lives in several files.
+    builds_on: slugs whose code it imports. exports: the public names of the file.
+    example: axis sizes for tests ("b=2 h=4 n=12"). options: settings it cannot do without.
+    baseline: True for systems outside the catalogue that others are compared with.
+    """
+
+    kind: ClassVar[str] = ""
+
+    slug: str
+    title: str
+    exports: tuple[str, ...]
+    paper: str = ""
+    part_of: str = ""
+    builds_on: tuple[str, ...] = ()
+    example: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    baseline: bool = False
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            kind = str(f.type).partition("[")[0]
+            expected = {"str": str, "bool": bool, "tuple": tuple, "dict": dict}[kind]
+            if not isinstance(value, expected):
+                raise TypeError(f"field {f.name!r} of the card {self.slug!r} is {value!r}; it must be a {kind}")
+        for name, allowed in self.vocabulary.items():
+            value = getattr(self, name)
+            for word in (value,) if isinstance(value, str) else value:
+                if word not in allowed:
+                    raise ValueError(f"field {name!r} of the card {self.slug!r} holds {word!r}; it may hold {allowed}")
+        if not (self.paper or self.baseline or self.part_of):
+            raise ValueError(f"the card {self.slug!r} names no paper; only a baseline may do without")
+
+    vocabulary: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The example's axis sizes."""
+        return {axis: int(size) for axis, size in (pair.split("=") for pair in self.example.split())}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpCard(Card):
+    """A function of q, k, v.
+
+    spec: its shapes. attends: which of the four patterns of the Comprehensive Attention Benchmark it can compute.
+    accepts: which shared options it takes. padding: hidden keys (pattern KeyValid) change nothing else.
+    documents: the pattern Documents separates documents.
+    decode: "" no, "kv" by keeping keys and values, "state" by a sibling `<slug>_step`.
+    gradient: gradients of q, k, v are checked in float64. time, memory: growth in the spec's letters.
+    engines: the engine families that run it, best first. mixer: settings of the attention layer that wraps it.
+    """
+
+    kind: ClassVar[str] = "op"
+    vocabulary: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attends": ATTENDS,
+        "accepts": ACCEPTS,
+        "decode": ("", "kv", "state"),
+    }
+
+    spec: str
+    attends: tuple[str, ...]
+    accepts: tuple[str, ...] = ()
+    padding: bool = False
+    documents: bool = False
+    decode: str = ""
+    gradient: bool = True
+    time: str = ""
+    memory: str = ""
+    engines: tuple[str, ...] = ()
+    mixer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerCard(Card):
+    """A module with weights, tokens to tokens.
+
+    attends, padding, documents: as for an op. decode: it has init_state, prefill and step.
+    constant_state: `state_bytes` does not grow with length (beyond the window, where it has one).
+    """
+
+    kind: ClassVar[str] = "mixer"
+    vocabulary: ClassVar[dict[str, tuple[str, ...]]] = {"attends": ATTENDS}
+
+    attends: tuple[str, ...]
+    padding: bool = False
+    documents: bool = False
+    decode: bool = False
+    constant_state: bool = False
+    time: str = ""
+    memory: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard(Card):
+    """Mixers stacked. task: what goes in and out. decode: it has init_state, prefill and step."""
+
+    kind: ClassVar[str] = "model"
+
+    task: str
+    decode: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskCard(Card):
+    """A benchmark task. version enters every result; chance is the score of guessing, as text."""
+
+    kind: ClassVar[str] = "task"
+
+    version: str
+    metric: str
+    chance: str
+
+
+CARDS: dict[str, type[Card]] = {c.__name__: c for c in (OpCard, MixerCard, ModelCard, TaskCard)}

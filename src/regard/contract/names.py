@@ -1,0 +1,62 @@
+"""Public access by name: a system is asked for by its slug, wherever its file lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from regard.contract.catalogue import catalogue, find
+from regard.contract.errors import OptionError, UnknownName, near
+
+
+def get(name: str) -> Any:
+    """The public function or class of a system, by slug ("sigmoid") or room and slug ("mixers/based").
+
+    Raises UnknownName with near names.
+    """
+    return find(name).load()
+
+
+def op(name: str) -> Any:
+    """The function of q, k, v of a system. Raises UnknownName if it has none."""
+    return find(name, "ops").load()
+
+
+def mixer(name: str, dim: int, heads: int, **options: Any) -> Any:
+    """A new mixer module, tokens to tokens, by the slug of a mixer or of an op that decodes from a cache.
+
+    dim: model width. heads: query heads. options: the mixer's own; for an op those of the attention layer and of the op.
+    Raises UnknownName; OptionError for options it does not have.
+    """
+    names = {e.card.slug: e for e in catalogue().values() if e.room == "mixers"}
+    owned = {e.card.part_of: e for e in names.values() if e.card.part_of}
+    entry = names.get(name) or owned.get(name)
+    if entry is not None:
+        return _build(entry.load(), name, dim, heads, **options)
+    ops = {e.card.slug: e for e in catalogue().values() if e.room == "ops" and e.card.decode == "kv"}  # type: ignore[attr-defined]
+    if name not in ops:
+        known = sorted({*names, *ops})
+        raise UnknownName(f"no mixer is called {name!r}{near(name, known)}; there are {', '.join(known)}")
+    from regard.layers.attention import OpAttention
+
+    return _build(OpAttention, name, dim, heads, op=ops[name].load(), **options)
+
+
+def model(name: str, **options: Any) -> Any:
+    """A new model by slug. options: fields of its settings. Raises UnknownName, OptionError."""
+    return _build(find(name, "models").load(), name, **options)
+
+
+def task(name: str, **options: Any) -> Any:
+    """A benchmark task by slug. options: its settings. Raises UnknownName, OptionError."""
+    return _build(find(name, "bench").load(), name, **options)
+
+
+def _build(make: Any, name: str, *args: Any, **options: Any) -> Any:
+    import inspect
+
+    known = inspect.signature(make).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        for option in options:
+            if option not in known:
+                raise OptionError(f"{name} has no option {option!r}{near(option, known)}; it has {', '.join(known)}")
+    return make(*args, **options)
