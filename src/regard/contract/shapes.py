@@ -85,7 +85,7 @@ def check_types(tensors: tuple[Tensor, ...], names: tuple[str, ...], system: str
         if tensor.dtype is not first.dtype:
             import torch
 
-            if not torch.is_autocast_enabled(first.device.type):
+            if first.is_meta or not torch.is_autocast_enabled(first.device.type):
                 raise ShapeError(f"{system}: {name} is {tensor.dtype} but {names[0]} is {first.dtype}; cast one of them")
 
 
