@@ -1,0 +1,1 @@
+"""Tasks of recall: what was shown must be found again."""
