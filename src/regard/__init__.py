@@ -21,6 +21,7 @@ _DOORS = {
     "task": "regard.contract.names",
     "why": "regard.contract.dispatch",
     "check": "regard.checks.battery",
+    **dict.fromkeys(("SequenceModel", "SequenceSettings"), "regard.models.sequence.shell"),
     "collect_losses": "regard.contract.collect",
     "add_loss": "regard.contract.collect",
     **dict.fromkeys(

@@ -23,7 +23,6 @@ CARD = MixerCard(
     builds_on=("based",),
     exports=("TaylorLinearAttention",),
     example="b=2 n=10 c=16 h=4",
-    options={"feature_dim": 4},
     attends=("causal_self",),
     padding=True,
     documents=True,

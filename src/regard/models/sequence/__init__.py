@@ -1,0 +1,1 @@
+"""Models of token sequences: (B, N) ids to logits."""
