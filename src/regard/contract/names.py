@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from regard.contract.catalogue import catalogue, find
+from regard.contract.card import OpCard
+from regard.contract.catalogue import Entry, catalogue, find
 from regard.contract.errors import OptionError, UnknownName, near
 
 
@@ -27,18 +28,28 @@ def mixer(name: str, dim: int, heads: int, **options: Any) -> Any:
     dim: model width. heads: query heads. options: the mixer's own; for an op those of the attention layer and of the op.
     Raises UnknownName; OptionError for options it does not have.
     """
-    names = {e.card.slug: e for e in catalogue().values() if e.room == "mixers"}
-    owned = {e.card.part_of: e for e in names.values() if e.card.part_of}
-    entry = names.get(name) or owned.get(name)
-    if entry is not None:
+    entry = mixer_entry(name)
+    if entry.room == "mixers":
         return _build(entry.load(), name, dim, heads, **options)
-    ops = {e.card.slug: e for e in catalogue().values() if e.room == "ops" and e.card.decode == "kv"}  # type: ignore[attr-defined]
-    if name not in ops:
-        known = sorted({*names, *ops})
-        raise UnknownName(f"no mixer is called {name!r}{near(name, known)}; there are {', '.join(known)}")
     from regard.layers.attention import OpAttention
 
-    return _build(OpAttention, name, dim, heads, op=ops[name].load(), **options)
+    return _build(OpAttention, name, dim, heads, op=entry.load(), **options)
+
+
+def mixers() -> dict[str, Entry]:
+    """Every name that `mixer` takes -> the file behind it: mixers, and ops that decode from keys and values."""
+    entries = catalogue().values()
+    ops = {e.card.slug: e for e in entries if isinstance(e.card, OpCard) and e.card.decode == "kv"}
+    own = {e.card.part_of or e.card.slug: e for e in entries if e.room == "mixers"}
+    return dict(sorted({**ops, **own}.items()))
+
+
+def mixer_entry(name: str) -> Entry:
+    """The file behind a mixer's name. Raises UnknownName with near names."""
+    known = mixers()
+    if name not in known:
+        raise UnknownName(f"no mixer is called {name!r}{near(name, known)}; there are {', '.join(known)}")
+    return known[name]
 
 
 def model(name: str, **options: Any) -> Any:

@@ -83,7 +83,9 @@ def dense(
     if is_causal and q_offset:
         raise OptionError("is_causal is aligned to the first key; with q_offset write pattern=Causal()")
     if (mask is not None or bias is not None) and not torch.compiler.is_compiling():
-        _check_table(q, k, mask, bias)
+        check_table(q, k, mask, bias)
+    # torch's own attention cannot read masks over the keys alone
+    mask, bias = (x[None] if x is not None and x.dim() < 2 else x for x in (mask, bias))
     call = Call(
         q, k, v, pattern, mask, bias, is_causal, scale, q_offset,
         normaliser or Softmax(), score_mod, dropout_p, return_lse, return_weights,
@@ -91,7 +93,8 @@ def dense(
     return choose(IMPLEMENTATIONS, engine, call).run(call)
 
 
-def _check_table(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
+def check_table(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
+    """Raise ShapeError or OptionError if a mask or a bias does not fit the table of scores."""
     table = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     for name, tensor in (("mask", mask), ("bias", bias)):
         if tensor is None:
@@ -115,7 +118,13 @@ def visible(call: Call) -> Tensor | None:
     if call.is_causal:
         parts.append(Causal().dense(n, m, device=device))
     if call.pattern is not None and not _sees_all(call):
-        parts.append(call.pattern.dense(n, m, q_offset=call.q_offset, device=device))
+        pairs = call.pattern.dense(n, m, q_offset=call.q_offset, device=device)
+        if pairs.shape[0] not in (1, call.q.shape[0]) or pairs.shape[1] not in (1, call.q.shape[1]):
+            raise ShapeError(
+                f"the data of the pattern {call.pattern} is for batch {pairs.shape[0]} and {pairs.shape[1]} heads; "
+                f"q is {tuple(call.q.shape)}"
+            )
+        parts.append(pairs)
     if call.mask is not None:
         parts.append(call.mask)
     if not parts:
@@ -193,13 +202,19 @@ def _run_explicit(call: Call) -> Attended:
             scores = scores + call.bias.masked_fill(hidden, 0.0).to(kind)
         counts = None
         if call.normaliser.needs_counts:
-            counts = torch.full((1, 1, n), m, device=q.device) if pairs is None else pairs.sum(-1)
-        weights = call.normaliser(scores, pairs, counts)
+            counts = torch.full((1, 1, n), m, device=q.device) if pairs is None else _row_sums(pairs, m)
+        # a maximum over no keys at all does not exist; there is nothing to normalise
+        weights = call.normaliser(scores, pairs, counts) if m else scores
         dropped = F.dropout(weights, call.dropout_p) if call.dropout_p else weights
         dropped = dropped.reshape(batch, groups, heads // groups, n, m)
         out = (dropped @ v.to(kind)[:, :, None]).reshape(batch, heads, n, v.shape[-1]).to(q.dtype)
         lse = _log_sum_exp(scores, pairs) if call.return_lse else None
     return Attended(out, lse, weights.to(q.dtype) if call.return_weights else None)
+
+
+def _row_sums(pairs: Tensor, m: int) -> Tensor:
+    # a mask that is broadcast over the keys counts every one of them
+    return pairs.expand(*pairs.shape[:-1], m).sum(-1)
 
 
 def _not_explicit(call: Call) -> list[str]:

@@ -95,6 +95,9 @@ def linear_scan(
         raise Unsupported("a decay, document starts and an initial state belong to a causal scan")
     if reset is not None and tuple(reset.shape) != (batch, n):
         raise ShapeError(f"reset is {tuple(reset.shape)}; it must be bool (B, N) = {(batch, n)}")
+    _check_valid(key_valid, batch, k.shape[2])
+    if chunk_size is not None and chunk_size < 1:
+        raise OptionError(f"a scan needs a chunk_size of at least 1 step, not {chunk_size}")
     kind = accumulator(q.dtype)
     with without_autocast(q.device):
         g = _log_decay(log_decay, batch, heads, n, kind, q)
@@ -129,7 +132,7 @@ def chunk_states(k: Tensor, v: Tensor, c: Tensor | None, last: Tensor | None = N
     c: log-decay cumulated inside the chunk (…, C), or None. last: bool (…, C), which keys the next chunk may see.
     """
     if c is not None:
-        k = k * (c[..., -1:] - c).exp()[..., None]
+        k = k * (c[..., -1:] - c).to(k.dtype).exp()[..., None]
     if last is not None:
         k = k * last[..., None]
     return k.transpose(-1, -2) @ v
@@ -149,9 +152,9 @@ def prefix_states(added: Tensor, total: Tensor | None, s0: Tensor | None, alive:
     else:
         weight = step.to(added.dtype)[None, None]
         if total is not None:
-            c = F.pad(total.cumsum(-1), (1, 0))
+            c = F.pad(_cumulate(total), (1, 0))
             gap = (c[..., :, None] - c[..., None, :]).masked_fill(~step, 0.0)
-            weight = weight * gap.exp()
+            weight = weight * gap.to(weight.dtype).exp()
         if alive is not None:
             weight = weight * alive
         states = (weight @ parts.flatten(-2)).unflatten(-1, parts.shape[-2:])
@@ -168,8 +171,8 @@ def chunk_outputs(q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, s: Tensor, 
     reach = q
     if c is not None:
         gap = (c[..., :, None] - c[..., None, :]).masked_fill(~own.squeeze(2), 0.0)
-        table = table * gap.exp()[:, :, None]
-        reach = q * c.exp()[:, :, None, ..., None]
+        table = table * gap.to(q.dtype).exp()[:, :, None]
+        reach = q * c.to(q.dtype).exp()[:, :, None, ..., None]
     if carried is not None:
         reach = reach * carried[..., None]
     return table @ v[:, :, None] + reach @ s[:, :, None]
@@ -210,6 +213,21 @@ def as_scan(
     if not torch.compiler.is_compiling() and bool((doc[:, 1:] < doc[:, :-1]).any()):
         raise OptionError("document ids must not decrease along the sequence for a scan: each document is one piece")
     return causal, key_valid, F.pad(doc[:, 1:] != doc[:, :-1], (1, 0))
+
+
+def _check_valid(key_valid: Tensor | None, batch: int, m: int) -> None:
+    if key_valid is None:
+        return
+    if key_valid.dtype != torch.bool or tuple(key_valid.shape) not in ((batch, m), (1, m)):
+        raise ShapeError(
+            f"key_valid is {key_valid.dtype} {tuple(key_valid.shape)}; it must be bool (B, M) = {(batch, m)}, "
+            "True = takes part"
+        )
+
+
+def _cumulate(g: Tensor) -> Tensor:
+    # the sum outgrows its differences, which are what counts: a float32 would lose their digits (Metal has no float64)
+    return g.to(g.dtype if g.device.type == "mps" else torch.float64).cumsum(-1)
 
 
 def _log_decay(g: Tensor | None, batch: int, heads: int, n: int, kind: torch.dtype, q: Tensor) -> Tensor | None:
@@ -259,17 +277,17 @@ def _run_reference(call: Call) -> tuple[Tensor, Tensor]:
     if call.segment is not None:
         pairs = pairs & (call.segment[:, None, :, None] == call.segment[:, None, None, :])
         alive = call.segment[:, None, :] == call.segment[:, None, -1:]
-    c = None if call.log_decay is None else call.log_decay.cumsum(-1)
+    c = None if call.log_decay is None else _cumulate(call.log_decay)
     if c is not None:
-        table = table * (c[..., :, None] - c[..., None, :]).masked_fill(~pairs, 0.0).exp()
+        table = table * (c[..., :, None] - c[..., None, :]).masked_fill(~pairs, 0.0).to(table.dtype).exp()
     out = (table * pairs) @ v
     s = chunk_states(call.k, call.v, c, alive)
     if call.s0 is not None:
-        start = call.q if c is None else call.q * c.exp()[..., None]
+        start = call.q if c is None else call.q * c.to(call.q.dtype).exp()[..., None]
         if call.segment is not None:
             start = start * (call.segment == 0)[:, None, :, None]
         out = out + _share(start, call.s0)
-        kept = call.s0 if c is None else call.s0 * c[..., -1:, None].exp()
+        kept = call.s0 if c is None else call.s0 * c[..., -1:, None].to(call.s0.dtype).exp()
         s = s + (kept if call.segment is None else kept * (call.segment[:, -1] == 0)[:, None, None, None])
     return out, s
 
@@ -332,7 +350,7 @@ def _run_span(
         segment = None if segment is None else torch.cat((segment, segment[:, -1:].expand(-1, pad)), 1)
     q = q.reshape(batch, groups, heads // groups, chunks, chunk, d)
     k, v = (x.reshape(batch, groups, chunks, chunk, x.shape[-1]) for x in (k, v))
-    c = None if g is None else g.reshape(batch, groups, chunks, chunk).cumsum(-1)
+    c = None if g is None else _cumulate(g.reshape(batch, groups, chunks, chunk))
     own = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril().view(1, 1, 1, 1, chunk, chunk)
     last = carried = alive = None
     if segment is not None:
@@ -364,6 +382,7 @@ def softmax_scan(
     gives 0. reset: bool (B, N), True where a document starts. It is a linear scan with log-decay lse_{t-1} - lse_t.
     """
     kind = accumulator(v.dtype)
+    _check_valid(key_valid, v.shape[0], v.shape[2])
     with without_autocast(v.device):
         scores = scores.to(kind)
         if key_valid is not None:

@@ -39,7 +39,7 @@ class KVState(State):
         if valid is not None or self.valid is not None:
             valid = torch.cat((_ones(self.valid, self.k), _ones(valid, k)), 1)
         seen = self.seen + k.shape[2]
-        if keep is None and _may_write(self.k, k):
+        if keep is None and _may_write():
             return replace(self._write(k, v), valid=valid, seen=seen)
         keys, values = torch.cat((self.k, k), 2), torch.cat((self.v, v), 2)
         state = replace(self, k=keys, v=values, valid=valid, seen=seen, _buffer=None)
@@ -55,7 +55,7 @@ class KVState(State):
         old, new = self.k.shape[2], self.k.shape[2] + k.shape[2]
         buffer = self._buffer
         # only the newest state of a chain may write behind its end; an older one gets its own copy
-        if buffer is None or buffer.filled != old or buffer.k.shape[2] < new:
+        if buffer is None or buffer.filled != old or buffer.k.shape[2] < new or _is_frozen(buffer.k):
             room = max(2 * new, 64)
             buffer = _Buffer(*(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (self.k, self.v)), old)
             buffer.k[:, :, :old], buffer.v[:, :, :old] = self.k, self.v
@@ -79,6 +79,11 @@ def _ones(valid: Tensor | None, k: Tensor) -> Tensor:
     return torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device) if valid is None else valid
 
 
-def _may_write(*tensors: Tensor) -> bool:
-    # writing in place is for inference: autograd and tracing need values
-    return not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+def _may_write() -> bool:
+    # writing in place is for inference: tracing needs values, and so does autograd, which may have kept the older views
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
+def _is_frozen(buffer: Tensor) -> bool:
+    # torch refuses to write into a tensor of inference mode outside of it
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()

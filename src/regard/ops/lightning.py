@@ -94,7 +94,7 @@ def lightning_decay(heads: int, layer: int, layers: int, *, decay: Literal["alib
         return torch.exp(-alibi_slopes(heads) * share)
     if decay != "paper":
         raise OptionError(f"decay is {decay!r}; it is 'alibi' or 'paper'")
-    return torch.exp(-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads * (1 - layer / layers))
+    return torch.exp(-8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads * (1 - layer / layers))
 
 
 def _log_decay(decay: Tensor | tuple[float, ...], q: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from regard.contract.card import OpCard
+from regard.contract.errors import OptionError
 from regard.contract.operator import operator
 from regard.engines.dense import dense
 from regard.patterns import Bound, Causal, Pattern, SlidingWindow
@@ -52,6 +53,8 @@ def sliding_window_attention(
     window: keys, at least 1; with is_causal the query's own position is one of them. pattern: a further limit.
     The other options are those of `softmax_attention`. Raises ShapeError, OptionError, Unsupported.
     """
+    if is_causal and pattern is not None:
+        raise OptionError("is_causal together with a pattern says it twice: write Causal() & pattern")
     near: Pattern | Bound = SlidingWindow(window)
     if is_causal:
         near = Causal() & near

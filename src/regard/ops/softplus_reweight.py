@@ -9,13 +9,14 @@ its first-stage weights (the paper's form gives 0 there); the row maximum is div
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regard.contract.card import OpCard
 from regard.contract.errors import OptionError
 from regard.contract.operator import operator
-from regard.engines.dense import dense
+from regard.engines.dense import check_table, dense
 from regard.engines.precision import accumulator
 from regard.patterns import Bound, Causal, Full, Pattern
 from regard.primitives.length_scale import log_scale
@@ -85,6 +86,8 @@ def _counts(
     pattern: Pattern | Bound | None, mask: Tensor | None, is_causal: bool, q: Tensor, k: Tensor, q_offset: int
 ) -> Tensor:
     n, m, device = q.shape[2], k.shape[2], q.device
+    if mask is not None and not torch.compiler.is_compiling():
+        check_table(q, k, mask, None)
     pattern = Full() if pattern is None else pattern
     if is_causal:
         pattern = pattern & Causal()

@@ -35,6 +35,11 @@ class Pattern:
     def needs(self) -> tuple[str, ...]:
         return ()
 
+    @property
+    def needs_rows(self) -> tuple[str, ...]:
+        """Those of `needs` that are also read at query positions, so that their data must reach these."""
+        return ()
+
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, data: Data) -> Tensor:
         """Bool by broadcast of integer tensors: may query position i of head h, batch row b see key position j?"""
         raise NotImplementedError
@@ -57,7 +62,7 @@ class Pattern:
             raise OptionError(f"the pattern {self} needs data: call .bind({calls}) first")
         for name in self.needs:
             device = data[name].device
-            _check_data(name, data[name], n, m, q_offset)
+            _check_data(name, data[name], n, m, q_offset, name in self.needs_rows)
         batch, heads = _extent(self.needs, data)
         i = torch.arange(q_offset, q_offset + n, device=device).view(1, 1, n, 1)
         j = torch.arange(m, device=device).view(1, 1, 1, m)
@@ -108,6 +113,10 @@ class And(Pattern):
     def needs(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.left.needs + self.right.needs))
 
+    @property
+    def needs_rows(self) -> tuple[str, ...]:
+        return self.left.needs_rows + self.right.needs_rows
+
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, data: Data) -> Tensor:
         return self.left.allowed(b, h, i, j, data) & self.right.allowed(b, h, i, j, data)
 
@@ -136,6 +145,10 @@ class Or(Pattern):
     def needs(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.left.needs + self.right.needs))
 
+    @property
+    def needs_rows(self) -> tuple[str, ...]:
+        return self.left.needs_rows + self.right.needs_rows
+
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, data: Data) -> Tensor:
         return self.left.allowed(b, h, i, j, data) | self.right.allowed(b, h, i, j, data)
 
@@ -155,6 +168,10 @@ class Not(Pattern):
     @property
     def needs(self) -> tuple[str, ...]:
         return self.inner.needs
+
+    @property
+    def needs_rows(self) -> tuple[str, ...]:
+        return self.inner.needs_rows
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, data: Data) -> Tensor:
         return ~self.inner.allowed(b, h, i, j, data)
@@ -227,10 +244,12 @@ def _combine(kind: type[And] | type[Or], left: Any, right: Any) -> Any:
     return Bound(kind(a.pattern, b.pattern), a.data).bind(**b.data)
 
 
-def _check_data(name: str, tensor: Tensor, n: int, m: int, q_offset: int) -> None:
+def _check_data(name: str, tensor: Tensor, n: int, m: int, q_offset: int, reads_rows: bool) -> None:
     if tensor.dim() == 2:
         if tensor.shape[1] != m:
             raise ShapeError(f"the pattern data {name!r} has {tensor.shape[1]} positions, but there are {m} keys")
+        if reads_rows and q_offset + n > m:
+            raise ShapeError(f"the pattern data {name!r} has {m} positions, but there is a query at {q_offset + n - 1}")
         return
     if tensor.dim() != 4:
         raise ShapeError(f"the pattern data {name!r} has shape {tuple(tensor.shape)}; it must be (B, M) or (B, H, N, M)")
@@ -243,5 +262,7 @@ def _check_data(name: str, tensor: Tensor, n: int, m: int, q_offset: int) -> Non
 
 
 def _extent(needs: tuple[str, ...], data: Data) -> tuple[int, int]:
-    shapes = [data[name].shape for name in needs]
-    return max((s[0] for s in shapes), default=1), max((s[1] for s in shapes if len(s) == 4), default=1)
+    # torch.compile knows no max with a default
+    batches = [data[name].shape[0] for name in needs] or [1]
+    heads = [data[name].shape[1] for name in needs if data[name].dim() == 4] or [1]
+    return max(batches), max(heads)

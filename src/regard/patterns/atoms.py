@@ -103,6 +103,10 @@ class Documents(Pattern):
     def needs(self) -> tuple[str, ...]:
         return (self.label,)
 
+    @property
+    def needs_rows(self) -> tuple[str, ...]:
+        return (self.label,)
+
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, data: Data) -> Tensor:
         ids = data[self.label]
         b = _row(b, ids)
@@ -122,6 +126,10 @@ class KeyValid(Pattern):
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.label,)
+
+    @property
+    def needs_rows(self) -> tuple[str, ...]:
+        return (self.label,) if self.rows else ()
 
     def allowed(self, b: Tensor, h: Tensor, i: Tensor, j: Tensor, data: Data) -> Tensor:
         valid = data[self.label]

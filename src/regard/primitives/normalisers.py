@@ -74,7 +74,9 @@ class L1(Normaliser):
 
     def __call__(self, scores: Tensor, mask: Tensor | None, counts: Tensor | None) -> Tensor:
         weights = _hide(_PHI[self.phi](scores), mask)
-        return weights / (weights.sum(-1, keepdim=True) + self.eps)
+        total = weights.sum(-1, keepdim=True)
+        # without eps a row of no weight would be 0 / 0
+        return weights / (torch.where(total == 0, torch.ones_like(total), total) + self.eps)
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,12 @@ class Sharpen(Normaliser):
         # rounding alone lifts a uniform row above its mean by less than this: nothing stands out there
         flat = top <= 64 * torch.finfo(scores.dtype).eps
         # over the row's maximum first: the naive power overflows float16 at 15
-        sharp = (above / torch.where(flat, torch.ones_like(top), top)) ** self.power
+        shares = above / torch.where(flat, torch.ones_like(top), top)
+        # a power below 1 has an infinite slope at 0, which times a dead weight's slope of 0 is NaN
+        dead = shares == 0
+        sharp = (torch.where(dead, torch.ones_like(shares), shares) ** self.power).masked_fill(dead, 0.0)
         total = sharp.sum(-1, keepdim=True)
-        return torch.where(flat, weights, sharp / (total + self.eps))
+        return torch.where(flat, weights, sharp / (torch.where(flat, torch.ones_like(total), total) + self.eps))
 
 
 _PHI = {"softplus": F.softplus, "exp": torch.exp, "relu": torch.relu}

@@ -52,8 +52,8 @@ def alibi_slopes(heads: int) -> Tensor:
     if heads < 1:
         raise OptionError(f"ALiBi needs at least one head, not {heads}")
     power = 2 ** int(math.log2(heads))
-    slopes = 2.0 ** (-8.0 * torch.arange(1, power + 1, dtype=torch.float64) / power)
+    slopes = 2.0 ** (-8.0 * torch.arange(1, power + 1, dtype=torch.float64, device="cpu") / power)
     if power == heads:
         return slopes
-    between = 2.0 ** (-8.0 * torch.arange(1, 2 * power + 1, 2, dtype=torch.float64) / (2 * power))
+    between = 2.0 ** (-8.0 * torch.arange(1, 2 * power + 1, 2, dtype=torch.float64, device="cpu") / (2 * power))
     return torch.cat((slopes, between[: heads - power]))

@@ -137,8 +137,8 @@ class SelectiveTemperatureAttention(Attention):
         if "q" in self.temperatures:
             q = q * self.temperatures["q"](q, counts)
         if "v" in self.temperatures:
-            # in cross-attention values have no row of their own: all keys are seen
-            own = counts if v.shape[2] == counts.shape[-1] else torch.full_like(v[:, :1, :, 0], v.shape[2])
+            # in cross-attention values have no row of their own; every row sees the same keys
+            own = counts if v.shape[2] == counts.shape[-1] else counts[..., :1].expand(*counts.shape[:-1], v.shape[2])
             v = v * self.temperatures["v"](v, own)
         return q, k, v
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regard.contract.errors import OptionError, ShapeError
 from regard.contract.names import mixer as make_mixer
+from regard.contract.names import mixer_entry
 from regard.layers.feed_forward import SwiGLU
 from regard.primitives.positions import sinusoid
 from regard.primitives.state import StackState
@@ -27,7 +28,8 @@ class SequenceSettings:
     vocab: tokens. dim: model width. depth: layers. heads: query heads. mixer: a mixer's name, or names that take turns
     over the layers. options: mixer name -> its options. hidden: inner width of the feed-forward, 0 for none.
     positions: "none" (the mixers see to it) or "sinusoid". is_causal: False for an encoder. tied: the head shares the
-    embedding. std: deviation of the initial weights; projections into the residual stream have std / sqrt(2 depth).
+    embedding. std: deviation of the initial weights, (3 dim)^-1/2 if None; projections into the residual stream have
+    std / sqrt(2 depth).
     """
 
     vocab: int
@@ -40,7 +42,7 @@ class SequenceSettings:
     positions: Literal["none", "sinusoid"] = "none"
     is_causal: bool = True
     tied: bool = False
-    std: float = 0.02
+    std: float | None = None
 
 
 class Block(nn.Module):
@@ -159,10 +161,11 @@ class SequenceModel(nn.Module):
         return x
 
     def _initialise(self) -> None:
-        into_residual = self.settings.std / (2 * self.settings.depth) ** 0.5
+        std = (3 * self.settings.dim) ** -0.5 if self.settings.std is None else self.settings.std
+        into_residual = std / (2 * self.settings.depth) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=into_residual if name.endswith(("to_out", "down")) else self.settings.std)
+                nn.init.normal_(module.weight, std=into_residual if name.endswith(("to_out", "down")) else std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -176,19 +179,11 @@ def mixer_of(settings: SequenceSettings, layer: int) -> str:
 def _mixer(settings: SequenceSettings, layer: int) -> nn.Module:
     name = mixer_of(settings, layer)
     options = dict(settings.options.get(name, {}))
+    entry = mixer_entry(name)
     # decays depend on the depth of a layer
-    if "layers" in _signature(name):
+    if entry.room == "mixers" and "layers" in inspect.signature(entry.load()).parameters:
         options = {"layer": layer, "layers": settings.depth, **options}
     return make_mixer(name, settings.dim, settings.heads, **options)
-
-
-def _signature(name: str) -> Mapping[str, Any]:
-    from regard.contract.catalogue import catalogue
-
-    for entry in catalogue().values():
-        if entry.room == "mixers" and name in (entry.card.slug, entry.card.part_of):
-            return inspect.signature(entry.load()).parameters
-    return {}
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

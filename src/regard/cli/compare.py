@@ -1,0 +1,98 @@
+"""compare: train and time systems side by side, on your own text, and say which to use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from regard.contract.errors import OptionError
+from regard.contract.optional import need
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="files or folders of text (default: Python's own library)")
+    parser.add_argument("--task", help="text or recall (default: both)")
+    parser.add_argument("--systems", help="names with commas (default: every causal mixer)")
+    parser.add_argument("--length", type=int, help="tokens a training row (512)")
+    parser.add_argument("--width", type=int, help="model width (128)")
+    parser.add_argument("--depth", type=int, help="layers (2)")
+    effort = parser.add_mutually_exclusive_group()
+    effort.add_argument("--budget", type=float, metavar="MINUTES", help="for the training of all systems together")
+    effort.add_argument("--tokens", type=int, help="training tokens a run (4 million)")
+    parser.add_argument("--seeds", type=int, help="runs a system (2)")
+    parser.add_argument("--tokenizer", help="bytes, or bpe:N for N byte-pair tokens")
+    parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
+    parser.add_argument("--out", type=Path, default=Path("regard-compare"), metavar="DIR", help="folder of the results")
+    parser.add_argument("--quick", action="store_true", help="minutes instead of hours; figures are rough")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def run(given: argparse.Namespace) -> int:
+    from regard.bench.compare import Settings, compare, quick
+    from regard.bench.report import write_report
+    from regard.bench.summary import summarise
+
+    options = {
+        name: getattr(given, name)
+        for name in ("length", "width", "depth", "tokens", "seeds", "tokenizer", "threads")
+        if getattr(given, name) is not None
+    }
+    settings = Settings(
+        paths=tuple(given.paths),
+        **({"tasks": tuple(given.task.split(","))} if given.task else {}),
+        **({"systems": tuple(given.systems.split(","))} if given.systems else {}),
+        **({"budget_minutes": given.budget} if given.budget is not None else {}),
+        **options,
+    )
+    if given.quick:
+        if options.keys() & {"width", "tokens", "seeds"} or given.budget:
+            raise OptionError("--quick sets width, tokens and seeds itself; leave them out, or leave out --quick")
+        settings = quick(settings)
+    console = need("rich.console", "bench").Console(stderr=given.json)
+    watcher = _Progress(console)
+    try:
+        results = compare(settings, given.out, watcher)
+    except KeyboardInterrupt:
+        console.print(f"stopped; the same command goes on from {given.out}", markup=False)
+        return 130
+    page = given.out / "report.html"
+    write_report(results.lines, page)
+    summary = summarise(results.lines)
+    if given.json:
+        json.dump(summary.as_json(), sys.stdout, indent=1)
+        print()
+        return 0
+    summary.print(console)
+    console.print(f"\nreport: {page.resolve()}", markup=False, soft_wrap=True)
+    return 0
+
+
+class _Progress:
+    """Tells a terminal how it goes: a bar a part, and a line when it is done."""
+
+    def __init__(self, console: Any):
+        self.console = console
+        self._bar: Any = None
+        self._task: Any = None
+
+    @contextmanager
+    def part(self, text: str, steps: int) -> Iterator[None]:
+        progress = need("rich.progress", "bench")
+        columns = (
+            progress.TextColumn("{task.description:<36}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}"),
+        )  # fmt: skip
+        with progress.Progress(*columns, console=self.console) as self._bar:
+            self._task = self._bar.add_task(text, total=steps, note="")
+            yield
+
+    def advance(self, step: int, note: str) -> None:
+        self._bar.update(self._task, completed=step, note=note)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
