@@ -285,12 +285,14 @@ def _train(cell: Cell, settings: Settings, results: Results, out: Path, watcher:
 
 def _trial(cell: Cell, lr: float, seed: int, results: Results, out: Path, watcher: Watcher) -> None:
     key = f"trial/{cell.task}/{cell.system}/lr{lr:g}/seed{seed}"
+    checkpoint = out / (key.replace("/", "_") + ".safetensors")
     if key in results:
+        # it may have been killed between the result and this
+        checkpoint.unlink(missing_ok=True)
         return
     metric: Literal["bits_per_byte", "accuracy"] = "bits_per_byte" if cell.task == "text" else "accuracy"
     rows = (32, 128) if cell.task == "text" else (256, 1000)
     recipe = Recipe(cell.steps, cell.rows, lr, seed, metric, key, *rows, early_stop=cell.task == "recall")
-    checkpoint = out / (key.replace("/", "_") + ".safetensors")
     with watcher.part(f"{cell.task}  {cell.system}", recipe.steps):
         outcome = train(
             cell.build(seed), cell.data, recipe, checkpoint=checkpoint,

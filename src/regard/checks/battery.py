@@ -1,18 +1,19 @@
 """The contract battery: checks that a card's claims switch on, and what they found.
 
-A check is a function of a subject with a one-line docstring; it raises CheckFailed. `check("based")` runs all that apply
-to a system, `check("my_op.py")` all that apply to a file of yours.
+A check is a function of a subject with a one-line docstring; it raises CheckFailed. `check("based")` runs all that
+apply to a system, `check("my_op.py")` all that apply to a file of yours.
 """
 
 from __future__ import annotations
 
 import pkgutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ import regard.checks
 from regard.contract.card import MixerCard, OpCard
 from regard.contract.catalogue import Entry, catalogue, find, from_file
 
+Kinds = type[Exception] | tuple[type[Exception], ...]
 Status = Literal["passed", "failed", "not claimed"]
 
 
@@ -47,6 +49,9 @@ class Subject:
         return self.exports[self.card.exports[0]]
 
 
+Run = Callable[[Subject], None]
+
+
 @dataclass(frozen=True)
 class Check:
     """name: unique among the checks of a kind of card. doc: what it demands. when: whether a card switches it on."""
@@ -55,7 +60,7 @@ class Check:
     kind: str
     doc: str
     when: Callable[[Any], bool]
-    run: Callable[[Subject], None]
+    run: Run
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,15 @@ class Report:
                 subject = row.subject
                 lines.append(subject)
             lines.append(f"  {row.status:<11}  {row.check:<{width}}  {row.message}")
-        counts = {status: sum(row.status == status for row in self.rows) for status in ("passed", "failed", "not claimed")}
-        return "\n".join([*lines, ", ".join(f"{count} {status}" for status, count in counts.items())])
+        counts = Counter(row.status for row in self.rows)
+        return "\n".join([*lines, ", ".join(f"{counts[status]} {status}" for status in get_args(Status))])
 
 
-def verifies(kind: str, when: Callable[[Any], bool] = lambda card: True) -> Callable[[Callable[[Subject], None]], Check]:
-    """Make a function a check of a kind of card ("op", "mixer", "model", "task"). when: the claim that switches it on."""
+def verifies(kind: str, when: Callable[[Any], bool] = lambda card: True) -> Callable[[Run], Check]:
+    """Make a function a check of a kind of card ("op", "mixer", "model", "task"). when: the claim that switches it on.
+    """
 
-    def make(run: Callable[[Subject], None]) -> Check:
+    def make(run: Run) -> Check:
         return Check(run.__name__, kind, (run.__doc__ or "").strip(), when, run)
 
     return make
@@ -189,12 +195,12 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     return float(((actual - expected).abs().max() / size).nan_to_num(nan=float("inf")))
 
 
-def demand_refused(call: Callable[[], Any], kinds: type[Exception] | tuple[type[Exception], ...], what: str) -> str:
-    """Raise CheckFailed unless a call raises one of these errors; the text of the error."""
+def demand_refused(kinds: Kinds, what: str, function: Callable[..., Any], /, *args: Any, **options: Any) -> str:
+    """Raise CheckFailed unless a call raises one of these errors; else the text of the error."""
     wanted = kinds if isinstance(kinds, tuple) else (kinds,)
     names = " or ".join(kind.__name__ for kind in wanted)
     try:
-        call()
+        function(*args, **options)
     except wanted as error:
         return str(error)
     except Exception as error:

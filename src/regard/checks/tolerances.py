@@ -15,8 +15,9 @@ GRADIENT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch
 HALF = {torch.float16: 6e-3, torch.bfloat16: 4e-2}
 # a whole layer in half precision: its projections round as well
 HALF_LAYER = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# what counts as no dependence, and as a change
-NOTHING = 0.0
+# a derivative against finite differences in float64
+SLOPE = 1e-5
+# what counts as a change
 CHANGE = 1e-4
 # how far above chance a baseline that must fail may score: noise of a finite test
 ABOVE_CHANCE = 0.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from regard.contract.card import OpCard
@@ -31,9 +32,15 @@ def mixer(name: str, dim: int, heads: int, **options: Any) -> Any:
     entry = mixer_entry(name)
     if entry.room == "mixers":
         return _build(entry.load(), name, dim, heads, **options)
-    from regard.layers.attention import OpAttention
+    return wrap(entry.load(), dim, heads, **options)
 
-    return _build(OpAttention, name, dim, heads, op=entry.load(), **options)
+
+def wrap(op: Any, dim: int, heads: int, **options: Any) -> Any:
+    """The attention layer over an op that decodes from keys and values, which may be your own.
+
+    Raises OptionError for options that neither has; Unsupported for an op without decode="kv".
+    """
+    return import_module("regard.layers.attention").OpAttention(dim, heads, op=op, **options)
 
 
 def mixers() -> dict[str, Entry]:

@@ -412,7 +412,9 @@ def _prefix_log_sum_exp(x: Tensor, reset: Tensor | None) -> Tensor:
         if segment is not None:
             same = segment[..., stride:] == segment[..., :-stride]
             earlier = torch.where(same, earlier, _NOTHING)
-        x = torch.cat((x[..., :stride], torch.logaddexp(x[..., stride:], earlier)), -1)
+        # torch.logaddexp has a second derivative of inf / inf where its arguments lie far apart
+        both = torch.logsumexp(torch.stack((x[..., stride:], earlier)), 0)
+        x = torch.cat((x[..., :stride], both), -1)
         stride *= 2
     return x
 

@@ -26,6 +26,8 @@ class Attention(nn.Module):
     """
 
     reach: int | None = None
+    # whether it may read a context
+    crosses = True
     # whether `modulate` reads the number of visible keys
     needs_counts = False
 
@@ -67,7 +69,7 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def modulate(self, q: Tensor, k: Tensor, v: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """A last change of q, k, v before they meet; counts (B|1, 1, N): visible keys of each of these tokens."""
+        """A change of q, k, v before they are rotated; counts (B|1, 1, N): visible keys of each of these tokens."""
         return q, k, v
 
     def forward(
@@ -82,16 +84,20 @@ class Attention(nn.Module):
         """Mix tokens (B, N, C), or read from context (B, M, C').
 
         padding: bool (B, M), True = takes part. reset: bool (B, N), True where a document starts (self-attention).
-        Raises ShapeError, OptionError.
+        Raises ShapeError, OptionError; Unsupported for a context where there is no cross-attention.
         """
         check_tokens(type(self).__name__, self.dim, x, context, padding, reset, is_causal)
-        q, k, v = self._project(x, x if context is None else context, 0, rotate=context is None)
+        if context is not None and not self.crosses:
+            raise Unsupported(f"{self.extra_repr() or type(self).__name__} reads no context; softmax does")
+        q, k, v = self._project(x, x if context is None else context)
         pattern: AnyPattern = Causal() if is_causal else Full()
         if padding is not None:
             pattern = pattern & KeyValid().bind(key_valid=padding)
         if reset is not None:
             pattern = pattern & Documents().bind(doc=reset.cumsum(-1))
         q, k, v = self.modulate(q, k, v, self._counts(pattern, q.shape[2], k.shape[2], 0, x.device))
+        if context is None:
+            q, k = self._rotate(q, k, 0)
         return self._merge_heads(self.attend(q, k, v, pattern=pattern, q_offset=0))
 
     def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> KVState:
@@ -105,7 +111,7 @@ class Attention(nn.Module):
     def prefill(self, x: Tensor, state: KVState, *, padding: Tensor | None = None) -> tuple[Tensor, KVState]:
         """Causal attention of N >= 1 tokens to themselves and to the state. padding: bool (B, N), for left padding."""
         check_tokens(type(self).__name__, self.dim, x, None, padding, None, True)
-        q, k, v = self._project(x, x, state.seen, rotate=True)
+        q, k, v = self._project(x, x)
         pattern: AnyPattern = Causal()
         past, n = state.k.shape[2], x.shape[1]
         if padding is not None or state.valid is not None:
@@ -114,6 +120,7 @@ class Attention(nn.Module):
             pattern = pattern & KeyValid().bind(key_valid=torch.cat((old, new), 1))
         counts = self._counts(pattern, n, past + n, past, x.device)
         q, k, v = self.modulate(q, k, v, counts)
+        q, k = self._rotate(q, k, state.seen)
         whole = state.append(k, v, padding)
         out = self.attend(q, whole.k, whole.v, pattern=pattern, q_offset=past)
         return self._merge_heads(out), whole if self.reach is None else whole.last(self.reach)
@@ -127,14 +134,16 @@ class Attention(nn.Module):
         kept = length if self.reach is None else min(length, self.reach)
         return 2 * batch * self.kv_heads * kept * self.head_dim * self.to_k.weight.element_size()
 
-    def _project(self, x: Tensor, source: Tensor, start: int, *, rotate: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.norm_q(_heads(self.to_q(x), self.heads))
         k = self.norm_k(_heads(self.to_k(source), self.kv_heads))
-        v = _heads(self.to_v(source), self.kv_heads)
-        if self.rotary and rotate:
-            positions = torch.arange(start, start + x.shape[1], device=x.device)
-            q, k = rope(q, positions, base=self.rotary_base), rope(k, positions, base=self.rotary_base)
-        return q, k, v
+        return q, k, _heads(self.to_v(source), self.kv_heads)
+
+    def _rotate(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        if not self.rotary:
+            return q, k
+        positions = torch.arange(start, start + q.shape[2], device=q.device)
+        return rope(q, positions, base=self.rotary_base), rope(k, positions, base=self.rotary_base)
 
     def _counts(self, pattern: AnyPattern, n: int, m: int, q_offset: int, device: torch.device) -> Tensor | None:
         return pattern.row_counts(n, m, q_offset=q_offset, device=device) if self.needs_counts else None
@@ -165,6 +174,7 @@ class OpAttention(Attention):
             raise OptionError(f"{card.slug} needs {', '.join(f'{o}=' for o in missing)}")
         super().__init__(dim, heads, **layer)
         self.op, self.options = op, options
+        self.crosses = "cross" in card.attends
         # a window that all pairs keep to bounds what the cache must hold
         self.reach = options.get("window")
 

@@ -129,7 +129,7 @@ class Sharpen(Normaliser):
         n = counts[..., None].to(scores.dtype)
         above = torch.relu(weights * n - torch.where(n <= self.free_rows, 0.0, self.offset))
         above = _hide(above, mask)
-        top = above.amax(-1, keepdim=True)
+        top = above.detach().amax(-1, keepdim=True)
         # rounding alone lifts a uniform row above its mean by less than this: nothing stands out there
         flat = top <= 64 * torch.finfo(scores.dtype).eps
         # over the row's maximum first: the naive power overflows float16 at 15

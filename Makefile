@@ -1,0 +1,42 @@
+PYTHON ?= python3
+# the library itself asks for torch>=2.10; this is what it is developed and measured with
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+SYSTEM_CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+.PHONY: demo test test-slow lint docs chromium clean
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/regard compare --quick --out out/demo
+
+# the report is opened in a browser by its tests
+chromium:
+ifeq ($(SYSTEM_CHROMIUM),)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq chromium; \
+	else echo "no Chromium found: the tests that open the report will be skipped"; fi
+endif
+
+test: .venv/installed chromium
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed chromium
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m pytest tests/architecture
+
+docs: .venv/installed
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf .venv out
