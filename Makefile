@@ -24,7 +24,7 @@ ifeq ($(SYSTEM_CHROMIUM),)
 endif
 
 test: .venv/installed chromium
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: .venv/installed chromium
 	$(BIN)/python -m pytest -m slow

@@ -215,8 +215,7 @@ def _within_budget(cells: list[Cell], settings: Settings) -> list[Cell]:
     runs = {cell.task: len(cell.lrs) + settings.seeds - 1 for cell in cells}
     cost: dict[str, float] = dict.fromkeys(settings.tasks, 0.0)
     for cell in cells:
-        model, batch = cell.build(0), cell.data.build("train", cell.rows)
-        cost[cell.task] += seconds(lambda m=model, b=batch: nll(m, b).backward(), repeats=2)
+        cost[cell.task] += _step_s(cell, cell.build(0), repeats=2)
     share = settings.budget_minutes * 60 / len(settings.tasks)
     # a tenth goes to held-out scores
     steps = {task: max(int(0.9 * share / (cost[task] * runs[task])), 20) for task in settings.tasks}
@@ -331,11 +330,9 @@ def _time(cell: Cell, settings: Settings, results: Results, watcher: Watcher) ->
         return
     with watcher.part(f"timing  {cell.system}", len(todo)):
         for place, n in enumerate(todo, 1):
-            line = {"train_tokens_per_s": None, "reason": None}
+            line: dict[str, Any] = {"train_tokens_per_s": None, "reason": None}
             if n == training:
-                batch = cell.data.build("train", cell.rows)
-                step_s = seconds(lambda b=batch: nll(model, b).backward(), repeats=3)
-                line["train_tokens_per_s"] = round(cell.rows * n / step_s, 1)
+                line["train_tokens_per_s"] = round(cell.rows * n / _step_s(cell, model, repeats=3), 1)
             line.update(measure_decoding(model, n, cell.model.vocab))
             watcher.advance(place, f"{n} tokens")
             results.add(
@@ -343,6 +340,11 @@ def _time(cell: Cell, settings: Settings, results: Results, watcher: Watcher) ->
                 | line
                 | _versions()
             )
+
+
+def _step_s(cell: Cell, model: SequenceModel, *, repeats: int) -> float:
+    batch = cell.data.build("train", cell.rows)
+    return seconds(lambda: nll(model, batch).backward(), repeats=repeats)
 
 
 @torch.no_grad()

@@ -26,8 +26,11 @@ class Rows:
 class Task(Protocol):
     """A task that is generated: `build` makes rows, the same for the same split, count and seed."""
 
-    vocab_size: int
-    seq_len: int
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def seq_len(self) -> int: ...
 
     @property
     def chance(self) -> float:

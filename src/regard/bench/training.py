@@ -112,11 +112,11 @@ def train(
     except KeyboardInterrupt:
         run.save()
         raise
-    value = None
+    final = None
     if stopped != "diverged":
-        value = score(model, task, task.build("test", recipe.test_rows, recipe.seed), recipe.metric)
+        final = score(model, task, task.build("test", recipe.test_rows, recipe.seed), recipe.metric)
     last = run.curve[-1][2] if run.curve and stopped != "diverged" else None
-    return Outcome(value, last, run.curve, run.step, run.step * tokens_a_step, round(run.seconds, 3), stopped)
+    return Outcome(final, last, run.curve, run.step, run.step * tokens_a_step, round(run.seconds, 3), stopped)
 
 
 def nll(model: Any, rows: Rows) -> Tensor:

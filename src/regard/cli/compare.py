@@ -37,20 +37,20 @@ def run(given: argparse.Namespace) -> int:
     from regard.bench.report import write_report
     from regard.bench.summary import summarise
 
-    options = {
+    options: dict[str, Any] = {
         name: getattr(given, name)
         for name in ("length", "width", "depth", "tokens", "seeds", "tokenizer", "threads")
         if getattr(given, name) is not None
     }
-    settings = Settings(
-        paths=tuple(given.paths),
-        **({"tasks": tuple(given.task.split(","))} if given.task else {}),
-        **({"systems": tuple(given.systems.split(","))} if given.systems else {}),
-        **({"budget_minutes": given.budget} if given.budget is not None else {}),
-        **options,
-    )
+    if given.task:
+        options["tasks"] = tuple(given.task.split(","))
+    if given.systems:
+        options["systems"] = tuple(given.systems.split(","))
+    if given.budget is not None:
+        options["budget_minutes"] = given.budget
+    settings = Settings(paths=tuple(given.paths), **options)
     if given.quick:
-        if options.keys() & {"width", "tokens", "seeds"} or given.budget:
+        if options.keys() & {"width", "tokens", "seeds", "budget_minutes"}:
             raise OptionError("--quick sets width, tokens and seeds itself; leave them out, or leave out --quick")
         settings = quick(settings)
     console = need("rich.console", "bench").Console(stderr=given.json)
@@ -64,12 +64,46 @@ def run(given: argparse.Namespace) -> int:
     write_report(results.lines, page)
     summary = summarise(results.lines)
     if given.json:
-        json.dump(summary.as_json(), sys.stdout, indent=1)
+        json.dump(summary.as_dict(), sys.stdout, indent=1)
         print()
         return 0
-    summary.print(console)
+    _print(summary, console)
     console.print(f"\nreport: {page.resolve()}", markup=False, soft_wrap=True)
     return 0
+
+
+def _print(summary: Any, console: Any) -> None:
+    """The answers, then one row a system, at the longest length that was timed."""
+    longest = max(summary.lengths, default=0)
+    table = need("rich.table", "bench").Table(title="rough figures (--quick)" if summary.rough else None)
+    headers = ("system", "parameters", "bits per byte", "recall", "train tokens/s", "prefill tokens/s", "decode ms", "state bytes")
+    for place, header in enumerate(headers):
+        table.add_column(header, justify="right" if place else "left", no_wrap=not place)
+    for row in summary.rows:
+        cost = row.costs.get(longest)
+        table.add_row(
+            row.system, _number(row.parameters), _score(row.text), _score(row.recall), _number(row.train_tokens_per_s),
+            *(_number(getattr(cost, name, None)) for name in ("prefill_tokens_per_s", "decode_ms", "state_bytes")),
+        )  # fmt: skip
+    console.print(table)
+    if longest:
+        console.print(f"prefill, decode and state at {longest} tokens, one sequence", markup=False)
+    for answer in summary.answers:
+        console.print(f"• {answer.sentence} {answer.caveat}".rstrip(), markup=False, highlight=False)
+
+
+def _score(score: Any) -> str:
+    if score is None:
+        return ""
+    if score.mean is None:
+        return "diverged" if score.diverged else ""
+    return f"{score.mean:.3f}" + (f" ± {score.spread:.3f}" if score.spread is not None else "")
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 class _Progress:

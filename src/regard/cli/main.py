@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"regard: there is no command {arguments[0]!r}{near(arguments[0], known)}", file=sys.stderr)
         return 2
     whole = parser()
-    given = whole.parse_args(arguments)
+    # what follows -- belongs to the command whole: argparse would split it among positionals
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    given = whole.parse_args(arguments[:cut])
+    given.rest = arguments[cut + 1 :]
     if given.command is None:
         whole.print_help()
         return 0

@@ -11,14 +11,14 @@ from regard.contract.errors import OptionError
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="slug of an op")
-    parser.add_argument("words", nargs="*", help="after --: q=2,8,4096,64:bf16 k=… and options of the op, is_causal=True")
     parser.add_argument("--engine", help="ask about this engine only")
+    parser.usage = "regard why NAME [--engine ENGINE] -- q=2,8,4096,64:bf16 [k=…] [v=…] [is_causal=True …]"
 
 
 def run(given: argparse.Namespace) -> int:
-    tensors = [w for w in given.words if w.partition("=")[0] in ("q", "k", "v")]
+    tensors = [w for w in given.rest if w.partition("=")[0] in ("q", "k", "v")]
     options = {}
-    for word in (w for w in given.words if w not in tensors):
+    for word in (w for w in given.rest if w not in tensors):
         name, equals, value = word.partition("=")
         if not equals:
             raise OptionError(f"cannot read {word!r}; write tensors as q=2,8,4096,64:bf16 and options as is_causal=True")

@@ -93,8 +93,10 @@ def linear_scan(
         raise Unsupported(f"a causal scan needs as many queries as keys; there are {n} and {k.shape[2]}")
     if not is_causal and (log_decay is not None or reset is not None or initial_state is not None):
         raise Unsupported("a decay, document starts and an initial state belong to a causal scan")
-    if reset is not None and tuple(reset.shape) != (batch, n):
-        raise ShapeError(f"reset is {tuple(reset.shape)}; it must be bool (B, N) = {(batch, n)}")
+    if reset is not None:
+        if tuple(reset.shape) not in ((batch, n), (1, n)):
+            raise ShapeError(f"reset is {tuple(reset.shape)}; it must be bool (B, N) = {(batch, n)}")
+        reset = reset.expand(batch, n)
     _check_valid(key_valid, batch, k.shape[2])
     if chunk_size is not None and chunk_size < 1:
         raise OptionError(f"a scan needs a chunk_size of at least 1 step, not {chunk_size}")
@@ -310,17 +312,17 @@ def _run_step(call: Call) -> tuple[Tensor, Tensor]:
 
 def _run_chunks(call: Call) -> tuple[Tensor, Tensor]:
     if not call.is_causal:
-        s = call.k.transpose(-1, -2) @ call.v
-        return _share(call.q, s), s
-    n = call.q.shape[2]
-    outs, s, start_segment = [], call.s0, 0
+        total = call.k.transpose(-1, -2) @ call.v
+        return _share(call.q, total), total
+    n, s = call.q.shape[2], call.s0
+    outs: list[Tensor] = []
     for start in range(0, n, SPAN):
         piece = slice(start, start + SPAN)
         segment = None if call.segment is None else call.segment[:, piece]
         out, s = _run_span(
             call.q[:, :, piece], call.k[:, :, piece], call.v[:, :, piece],
             None if call.log_decay is None else call.log_decay[:, :, piece],
-            segment, start_segment if start == 0 or call.segment is None else call.segment[:, start - 1 : start],
+            segment, 0 if start == 0 or call.segment is None else call.segment[:, start - 1 : start],
             s, call.chunk_size,
         )  # fmt: skip
         outs.append(out)

@@ -57,7 +57,8 @@ class KVState(State):
         # only the newest state of a chain may write behind its end; an older one gets its own copy
         if buffer is None or buffer.filled != old or buffer.k.shape[2] < new or _is_frozen(buffer.k):
             room = max(2 * new, 64)
-            buffer = _Buffer(*(x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (self.k, self.v)), old)
+            wide = [x.new_empty(*x.shape[:2], room, x.shape[3]) for x in (self.k, self.v)]
+            buffer = _Buffer(wide[0], wide[1], old)
             buffer.k[:, :, :old], buffer.v[:, :, :old] = self.k, self.v
         buffer.k[:, :, old:new], buffer.v[:, :, old:new] = k, v
         buffer.filled = new

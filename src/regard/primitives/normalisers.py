@@ -9,6 +9,7 @@ kind: "row" needs a statistic of the row; "additive" weighs every key on its own
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -141,7 +142,7 @@ class Sharpen(Normaliser):
         return torch.where(flat, weights, sharp / (torch.where(flat, torch.ones_like(total), total) + self.eps))
 
 
-_PHI = {"softplus": F.softplus, "exp": torch.exp, "relu": torch.relu}
+_PHI: dict[str, Callable[[Tensor], Tensor]] = {"softplus": F.softplus, "exp": torch.exp, "relu": torch.relu}
 
 
 def _hide(weights: Tensor, mask: Tensor | None) -> Tensor:

@@ -34,9 +34,7 @@ class State:
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors held."""
-        sizes: list[int] = []
-        self._map(lambda t: (sizes.append(t.numel() * t.element_size()), t)[1])
-        return sum(sizes)
+        return sum(_bytes(getattr(self, f.name)) for f in fields(self))
 
     def _map(self, change: Any) -> Self:
         return replace(self, **{f.name: _map_value(getattr(self, f.name), change) for f in fields(self)})
@@ -48,6 +46,14 @@ class StackState(State):
 
     layers: tuple[Any, ...]
     seen: int = 0
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, State):
+        return value.size_bytes
+    return sum(map(_bytes, value)) if isinstance(value, tuple) else 0
 
 
 def _map_value(value: Any, change: Any) -> Any:

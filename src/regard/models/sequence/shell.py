@@ -51,7 +51,7 @@ class Block(nn.Module):
     def __init__(self, settings: SequenceSettings, layer: int):
         super().__init__()
         self.norm_mixer = nn.RMSNorm(settings.dim)
-        self.mixer = _mixer(settings, layer)
+        self.mixer: Any = _mixer(settings, layer)
         self.norm_mlp = nn.RMSNorm(settings.dim) if settings.hidden else None
         self.mlp = SwiGLU(settings.dim, settings.hidden) if settings.hidden else None
 

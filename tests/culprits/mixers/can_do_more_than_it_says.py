@@ -1,0 +1,26 @@
+"""Wrong: it has a state, but the card does not claim to decode."""
+
+from torch import Tensor
+
+from regard.contract.card import MixerCard
+from regard.engines.dense import dense
+from regard.layers.attention import AnyPattern, Attention
+
+CAUGHT_BY = "module_is_described"
+CARD = MixerCard(
+    slug="can_do_more_than_it_says",
+    title="A culprit",
+    baseline=True,
+    exports=("Mixer",),
+    example="b=2 n=10 c=16 h=4",
+    attends=("self", "causal_self", "cross", "causal_cross"),
+    padding=True,
+    documents=True,
+)
+
+
+class Mixer(Attention):
+    """Mix tokens."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, pattern: AnyPattern, q_offset: int) -> Tensor:
+        return dense(q, k, v, pattern, q_offset=q_offset).out

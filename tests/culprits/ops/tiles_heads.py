@@ -1,0 +1,27 @@
+"""Wrong: key heads are dealt out in turn instead of in blocks."""
+
+from torch import Tensor
+
+from regard.contract.card import OpCard
+from regard.contract.operator import operator
+from regard.engines.dense import dense
+
+CAUGHT_BY = "grouped_heads"
+CARD = OpCard(
+    slug="tiles_heads",
+    title="A culprit",
+    baseline=True,
+    exports=("attention",),
+    spec="q: b h n d, k: b g m d, v: b g m e -> b h n e",
+    example="b=2 h=4 g=2 n=10 m=12 d=8 e=6",
+    attends=("self", "causal_self", "cross", "causal_cross"),
+    engines=("dense",),
+)
+
+
+@operator(CARD)
+def attention(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, engine: str | None = None) -> Tensor:
+    """Attend."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat(1, repeats, 1, 1), v.repeat(1, repeats, 1, 1)
+    return dense(q, k, v, is_causal=is_causal, engine=engine).out
