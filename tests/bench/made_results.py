@@ -32,14 +32,14 @@ def made_results(
     quick: bool = False,
     settled: bool = True,
 ) -> list[dict[str, Any]]:
-    """Lines of a whole run. diverged: (task, slug) pairs whose runs end without a value; settled: the search is over."""
+    """Lines of a whole run. diverged: (task, slug) pairs that end without a value. settled: lr search over."""
     dice = np.random.default_rng(7)
     lines: list[dict[str, Any]] = [_run(systems, tasks, seeds, quick), _machine()]
     for task in tasks:
         for slug in systems:
             for lr, seed in [(0.003, s) for s in range(seeds)] + [(0.01, 0)]:
                 line = _train(task, slug, seed, lr, dice, (task, slug) in diverged)
-                lines.append({**line, "best": settled and lr == 0.003})
+                lines.append({**line, "best": lr == 0.003} if settled else {**line, "kind": "trial"})
     lines.extend(_speed(slug, length, dice) for slug in systems for length in lengths)
     return lines
 
@@ -56,11 +56,14 @@ def _run(systems: tuple[str, ...], tasks: tuple[str, ...], seeds: int, quick: bo
         for index, slug in enumerate(systems)
     }
     settings = {
-        "task": tasks[0] if len(tasks) == 1 else None,
+        "paths": [],
+        "tasks": list(tasks),
         "length": 2048,
         "width": 128,
         "depth": 4,
         "seeds": seeds,
+        "lrs": [0.003, 0.01],
+        "lengths": list(LENGTHS),
         "quick": quick,
     }
     data = (
@@ -112,8 +115,7 @@ def _train(task: str, slug: str, seed: int, lr: float, dice: np.random.Generator
     value[-1] = end
     kept = 9 if diverged else 40
     curve = [
-        [int(t), round(float(t) / rate, 2), round(float(v), 4)]
-        for t, v in zip(seen[:kept], value[:kept], strict=True)
+        [int(t), round(float(t) / rate, 2), round(float(v), 4)] for t, v in zip(seen[:kept], value[:kept], strict=True)
     ]
     return {
         "kind": "train",
@@ -121,7 +123,7 @@ def _train(task: str, slug: str, seed: int, lr: float, dice: np.random.Generator
         "system": slug,
         **_COMMON,
         "task": task,
-        "task_version": 1,
+        "task_version": "1",
         "metric": "bits_per_byte" if task == "text" else "accuracy",
         "seed": seed,
         "lr": lr,

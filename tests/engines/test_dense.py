@@ -123,7 +123,9 @@ def test_a_row_without_keys_is_exactly_zero_and_so_is_its_gradient(how, engine, 
     torch.testing.assert_close(out[:, :, others].double(), want[:, :, others], atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("normaliser", [Softmax(), Sigmoid(-1.0), L1(), L1(eps=0.0), ReLUOverN(), Linear(), Sharpen(Softmax())], ids=repr)
+@pytest.mark.parametrize(
+    "normaliser", [Softmax(), Sigmoid(-1.0), L1(), L1(eps=0.0), ReLUOverN(), Linear(), Sharpen(Softmax())], ids=repr
+)
 def test_a_key_hidden_by_minus_infinity_weighs_nothing_for_every_normaliser(normaliser):
     q, k, v = (x.requires_grad_() for x in qkv(5, 5))
     seen = coin(2, 4, 5, 5)
@@ -226,7 +228,9 @@ def test_the_banded_way_is_the_window_also_where_blocks_are_ragged(n, window, he
 
 def test_a_score_mod_sees_absolute_positions():
     q, k, v = qkv(3, 9)
-    out = dense(q, k, v, Causal(), q_offset=6, score_mod=lambda s, b, h, i, j: s - 0.3 * (i - j) * (h + 1) + 0.1 * b).out
+    out = dense(
+        q, k, v, Causal(), q_offset=6, score_mod=lambda s, b, h, i, j: s - 0.3 * (i - j) * (h + 1) + 0.1 * b
+    ).out
     i, j = torch.arange(6, 9)[:, None], torch.arange(9)
     bias = -0.3 * (i - j) * torch.arange(1, 5).view(1, 4, 1, 1) + torch.zeros(2, 1, 1, 1)
     torch.testing.assert_close(out, attention(q, k, v, allowed=j <= i, bias=bias.double())[0])

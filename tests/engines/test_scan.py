@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,9 @@ def positive(q, k, v):
     return q.abs() + 0.1, k.abs() + 0.1, v
 
 
-@pytest.mark.parametrize("n, chunk", [(1, 1), (1, 64), (7, 1), (7, 2), (7, 3), (7, 7), (7, 64), (64, 16), (65, 64), (63, 64)])
+@pytest.mark.parametrize(
+    "n, chunk", [(1, 1), (1, 64), (7, 1), (7, 2), (7, 3), (7, 7), (7, 64), (64, 16), (65, 64), (63, 64)]
+)
 @pytest.mark.parametrize("kind", DECAYS)
 def test_every_chunk_size_equals_the_recurrence(n, chunk, kind):
     q, k, v = qkv(n)
@@ -97,7 +100,10 @@ def test_gradients_reach_every_input_the_start_and_the_end(engine, divide_by):
 def test_gradients_of_a_head_decay_padding_and_resets():
     q, k, v = (x.requires_grad_() for x in qkv(6, 2, 2, 2, 2, 1))
     g = decay("head", 1, 2, 6).requires_grad_()
-    valid, reset = torch.tensor([[True, False, True, True, False, True]]), torch.tensor([[False, False, True, False, True, False]])
+    valid, reset = (
+        torch.tensor([[True, False, True, True, False, True]]),
+        torch.tensor([[False, False, True, False, True, False]]),
+    )
     assert torch.autograd.gradcheck(
         lambda q, k, v, g: linear_scan(q, k, v, g, key_valid=valid, reset=reset, chunk_size=4)[0], (q, k, v, g)
     )
@@ -201,12 +207,10 @@ def test_document_starts_equal_one_call_for_each_document(kind, chunk, starts):
         q, k, v, g, divide_by="sum", reset=reset, chunk_size=chunk, initial_state=ScanState(s0, z0.abs())
     )
     edges = sorted({0, *starts, n})
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         piece = g[:, :, a:b] if kind == "step" else g
         start = ScanState(s0, z0.abs()) if a == 0 and 0 not in starts else None
-        want, end = linear_scan(
-            q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], piece, divide_by="sum", initial_state=start
-        )
+        want, end = linear_scan(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], piece, divide_by="sum", initial_state=start)
         torch.testing.assert_close(out[:, :, a:b], want)
     torch.testing.assert_close(state.s, end.s)
     torch.testing.assert_close(state.z, end.z)
@@ -271,11 +275,15 @@ def test_a_decay_of_zero_forgets_nothing():
 def test_float32_keeps_its_digits_whatever_was_forgotten_before(pattern):
     n = 4096
     t = torch.arange(n)
-    g = {
-        "steady": torch.full((n,), -0.5),
-        "bursts": torch.where(t % 64 < 32, -100.0, -0.01),
-        "once, then slow": torch.where(t < 3000, -100.0, -0.001),
-    }[pattern].double().expand(1, 1, n)
+    g = (
+        {
+            "steady": torch.full((n,), -0.5),
+            "bursts": torch.where(t % 64 < 32, -100.0, -0.01),
+            "once, then slow": torch.where(t < 3000, -100.0, -0.001),
+        }[pattern]
+        .double()
+        .expand(1, 1, n)
+    )
     q, k, v = (x / 4 for x in qkv(n, 1, 1, 16, 16, 1))
     want, end = linear_scan(q, k, v, g)
     out, state = linear_scan(q.float(), k.float(), v.float(), g.float())
@@ -327,7 +335,11 @@ def test_without_order_every_query_reads_the_whole_sum(divide_by, n, m):
     out, state = linear_scan(q, k, v, divide_by=divide_by, is_causal=False, key_valid=valid, eps=1e-6)
     table = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * valid[:, None, None]
     total = table.sum(-1, keepdim=True)
-    want = table @ v.repeat_interleave(2, 1) / {"none": 1, "sum": total + 1e-6, "abs1": total.abs().clamp(min=1)}[divide_by]
+    want = (
+        table
+        @ v.repeat_interleave(2, 1)
+        / {"none": 1, "sum": total + 1e-6, "abs1": total.abs().clamp(min=1)}[divide_by]
+    )
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(state.s, (k * valid[:, None, :, None]).transpose(-1, -2) @ v)
 
@@ -423,7 +435,9 @@ def test_a_pattern_beside_is_causal_is_refused():
 
 
 def prefix_softmax(scores, v):
-    return torch.stack([torch.softmax(scores[..., : t + 1], -1)[..., None, :] @ v[..., : t + 1, :] for t in range(v.shape[-2])], 2).squeeze(3)
+    return torch.stack(
+        [torch.softmax(scores[..., : t + 1], -1)[..., None, :] @ v[..., : t + 1, :] for t in range(v.shape[-2])], 2
+    ).squeeze(3)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 65, 130])

@@ -18,7 +18,9 @@ def taylor_row(s):
     return weights / weights.sum()
 
 
-@pytest.mark.parametrize("n, m, causal", [(12, 12, True), (12, 12, False), (5, 9, False), (1, 1, True), (140, 140, True)])
+@pytest.mark.parametrize(
+    "n, m, causal", [(12, 12, True), (12, 12, False), (5, 9, False), (1, 1, True), (140, 140, True)]
+)
 def test_it_is_the_quadratic_form_over_its_row_sum(n, m, causal):
     q, k, v = qkv(n, m)
     want, _ = attention(q, k, v, allowed=Causal().dense(n, m) if causal else None, weigh=taylor_row)
@@ -93,7 +95,9 @@ def test_padded_tokens_leak_nothing_although_every_token_has_a_constant_feature(
 def test_gradients_are_those_of_finite_differences():
     q, k, v = (x.requires_grad_() for x in normal((1, 2, 4, 3), (1, 1, 4, 3), (1, 1, 4, 2)))
     for causal in (True, False):
-        assert torch.autograd.gradcheck(lambda q, k, v, c=causal: taylor_linear_attention(q, k, v, is_causal=c), (q, k, v))
+        assert torch.autograd.gradcheck(
+            lambda q, k, v, c=causal: taylor_linear_attention(q, k, v, is_causal=c), (q, k, v)
+        )
 
 
 def test_a_window_inside_the_taylor_state_is_refused():

@@ -31,7 +31,9 @@ def masked_product(q, k, v, decay, scale=1.0, allowed=None):
 def test_it_is_the_masked_product_with_powers_of_the_decay(n, given):
     q, k, v = qkv(n)
     decay = DECAY if given == "numbers" else torch.tensor(DECAY, dtype=torch.float64)
-    torch.testing.assert_close(lightning_attention(q, k, v, decay=decay, is_causal=True), masked_product(q, k, v, DECAY))
+    torch.testing.assert_close(
+        lightning_attention(q, k, v, decay=decay, is_causal=True), masked_product(q, k, v, DECAY)
+    )
     scaled = lightning_attention(q, k, v, decay=decay, is_causal=True, scale=0.2)
     torch.testing.assert_close(scaled, masked_product(q, k, v, DECAY, scale=0.2))
 
@@ -111,7 +113,9 @@ def test_the_decay_of_the_paper():
     torch.testing.assert_close(got, torch.tensor([math.exp(-2 * h * 0.75) for h in range(1, 5)], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("decay", [(0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.1), (-0.5, 0.5, 0.5, 0.5), (float("nan"), 0.5, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    "decay", [(0.5, 0.5, 0.5, 0.0), (0.5, 0.5, 0.5, 1.1), (-0.5, 0.5, 0.5, 0.5), (float("nan"), 0.5, 0.5, 0.5)]
+)
 @pytest.mark.parametrize("given", [tuple, torch.tensor])
 def test_a_decay_outside_its_range_is_refused(decay, given):
     with pytest.raises(OptionError, match=r"decay must be in \(0, 1\]"):
@@ -120,7 +124,7 @@ def test_a_decay_outside_its_range_is_refused(decay, given):
 
 def test_other_bad_input_is_refused():
     for decay in ((0.5, 0.5), torch.tensor([0.5, 0.5])):
-        with pytest.raises(ShapeError, match="one for each of 4 query heads|one factor for each of 4 query heads"):
+        with pytest.raises(ShapeError, match="for each of 4 query heads"):
             lightning_attention(*qkv(), decay=decay, is_causal=True)
     with pytest.raises(Unsupported, match="causal only: pass is_causal=True"):
         lightning_attention(*qkv(), decay=DECAY)

@@ -42,7 +42,9 @@ def test_masked_tokens_leak_nothing_although_their_features_are_not_zero():
     hidden = ~valid[:, None, :, None]
     other = linear_attention(q, k.masked_fill(hidden, 9.0), v.masked_fill(hidden, 9.0), pattern=pattern)
     assert torch.equal(other, linear_attention(q, k, v, pattern=pattern))
-    assert (F.elu(torch.zeros(1)) + 1 == 1).all(), "zeroed inputs would still count, which is why keys are hidden after the map"
+    assert (F.elu(torch.zeros(1)) + 1 == 1).all(), (
+        "zeroed inputs would still count, which is why keys are hidden after the map"
+    )
 
 
 def test_steps_continue_the_sequence():
@@ -65,7 +67,9 @@ def test_gradients_are_those_of_finite_differences():
 
 def test_function_transforms_see_through():
     q, k, v = qkv()
-    batched = torch.func.vmap(lambda q, k, v: linear_attention(q, k, v, is_causal=True))(q[:, None], k[:, None], v[:, None])
+    batched = torch.func.vmap(lambda q, k, v: linear_attention(q, k, v, is_causal=True))(
+        q[:, None], k[:, None], v[:, None]
+    )
     torch.testing.assert_close(batched[:, 0], linear_attention(q, k, v, is_causal=True))
 
     def energy(q):

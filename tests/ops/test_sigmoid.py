@@ -14,7 +14,9 @@ def qkv(n=9, m=9):
     return normal((2, 4, n, 8), (2, 2, m, 8), (2, 2, m, 6))
 
 
-@pytest.mark.parametrize("sigmoid_bias, length, b", [(-1.5, None, -1.5), (0.0, None, 0.0), ("-log_n", 20, -math.log(20))])
+@pytest.mark.parametrize(
+    "sigmoid_bias, length, b", [(-1.5, None, -1.5), (0.0, None, 0.0), ("-log_n", 20, -math.log(20))]
+)
 @pytest.mark.parametrize("n, m", [(9, 9), (4, 7)])
 def test_it_is_the_loop_with_every_key_on_its_own(sigmoid_bias, length, b, n, m):
     q, k, v = qkv(n, m)
@@ -120,7 +122,7 @@ def test_early_causal_rows_stay_small_as_the_method_has_it():
 
 
 def test_a_length_must_be_given_and_be_one_token_at_least():
-    with pytest.raises(OptionError, match="needs the training length.*decoding differ from training"):
+    with pytest.raises(OptionError, match=r"needs the training length.*decoding differ from training"):
         sigmoid_attention(*qkv())
     with pytest.raises(OptionError, match="at least 1 token, not 0"):
         sigmoid_attention(*qkv(), length=0)

@@ -40,7 +40,7 @@ def test_a_further_pattern_limits_it():
     doc = (torch.arange(30) // 7)[None]
     out = sliding_window_attention(q, k, v, window=5, pattern=Documents().bind(doc=doc))
     i, j = torch.arange(30)[:, None], torch.arange(30)
-    torch.testing.assert_close(out, attention(q, k, v, allowed=((i - j).abs() < 5) & (doc.T == doc))[0])
+    torch.testing.assert_close(out, attention(q, k, v, allowed=((i - j).abs() < 5) & (doc == doc.T))[0])
 
 
 def test_the_keys_behind_the_window_need_not_be_kept():
@@ -49,7 +49,12 @@ def test_the_keys_behind_the_window_need_not_be_kept():
     for t in (3, 4, 5, 29):
         first = max(0, t - 4)
         row = sliding_window_attention(
-            q[:, :, t : t + 1], k[:, :, first : t + 1], v[:, :, first : t + 1], window=5, pattern=Causal(), q_offset=t - first
+            q[:, :, t : t + 1],
+            k[:, :, first : t + 1],
+            v[:, :, first : t + 1],
+            window=5,
+            pattern=Causal(),
+            q_offset=t - first,
         )
         torch.testing.assert_close(row, whole[:, :, t : t + 1])
 

@@ -44,7 +44,9 @@ def test_what_is_padding_does_not_matter():
     pattern = KeyValid().bind(key_valid=valid)
     out = softmax_attention(q, k, v, pattern=pattern)
     hidden = ~valid[:, None, :, None]
-    torch.testing.assert_close(softmax_attention(q, k.masked_fill(hidden, 1e3), v.masked_fill(hidden, 1e3), pattern=pattern), out)
+    torch.testing.assert_close(
+        softmax_attention(q, k.masked_fill(hidden, 1e3), v.masked_fill(hidden, 1e3), pattern=pattern), out
+    )
 
 
 def test_wrong_shapes_name_the_axis():

@@ -39,7 +39,9 @@ def loop(q, k, v, allowed, power=15.0, offset=1.0, free_rows=3):
     return out
 
 
-@pytest.mark.parametrize("power, offset, free_rows", [(None, 1.0, 3), (15.0, 1.0, 3), (3.0, 1.0, 3), (2.0, 0.5, 1), (1.0, 0.0, 0)])
+@pytest.mark.parametrize(
+    "power, offset, free_rows", [(None, 1.0, 3), (15.0, 1.0, 3), (3.0, 1.0, 3), (2.0, 0.5, 1), (1.0, 0.0, 0)]
+)
 @pytest.mark.parametrize("n, m, causal", [(10, 10, True), (10, 10, False), (4, 9, False)])
 def test_it_is_the_loop(power, offset, free_rows, n, m, causal):
     q, k, v = qkv(n, m)
@@ -85,11 +87,14 @@ def test_a_uniform_row_keeps_its_first_stage():
     torch.testing.assert_close(single.double(), out, atol=1e-5, rtol=1e-5)
 
 
-def test_a_large_power_picks_the_best_key():
-    q, k, v = qkv(10, 40)
-    best = (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).repeat_interleave(2, 1).transpose(-1, -2)).argmax(-1)
-    want = v.repeat_interleave(2, 1).gather(2, best[..., None].expand(-1, -1, -1, 6))
-    torch.testing.assert_close(softplus_attention(q, k, v, power=3000.0), want, atol=1e-2, rtol=0)
+def test_a_large_power_picks_the_best_key_where_it_is_better_by_a_twentieth():
+    q, k, _ = qkv(10, 40)
+    eye = torch.eye(40, dtype=torch.float64).expand(2, 2, 40, 40)
+    top = softplus_attention(q, k, eye, power=None).topk(2, -1)
+    clear = top.values[..., 0] > 1.05 * top.values[..., 1]
+    assert clear.sum() > 20
+    sharp = softplus_attention(q, k, eye, power=200.0).gather(-1, top.indices)[..., 0]
+    assert (sharp[clear] > 0.999).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -164,3 +169,57 @@ def test_gradients_are_those_of_finite_differences(power):
 def test_bad_options_are_refused(options, error, text):
     with pytest.raises(error, match=text):
         softplus_attention(*qkv(), **options)
+
+
+class Retrieval(nn.Module):
+    """One head that finds the value of a key; keys are unit vectors, new in every row, so it learns to compare."""
+
+    def __init__(self, op, width=8, values=64):
+        super().__init__()
+        self.op, self.width, self.values = op, width, values
+        self.value = nn.Embedding(values, width)
+        self.to_q, self.to_k = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.to_out = nn.Linear(width, values)
+
+    def forward(self, keys, values, queries):
+        q, k, v = self.to_q(queries), self.to_k(keys), self.value(values)
+        return self.to_out(self.op(q[:, None], k[:, None], v[:, None])[:, 0])
+
+    def draw(self, rows, n, generator):
+        keys = F.normalize(torch.randn(rows, n, self.width, generator=generator), dim=-1)
+        values = torch.randint(self.values, (rows, n), generator=generator)
+        asked = torch.randint(n, (rows, 8), generator=generator)
+        queries = keys.gather(1, asked[..., None].expand(-1, -1, self.width))
+        return (keys, values, queries), values.gather(1, asked)
+
+    def train_at(self, n, steps, generator):
+        optimiser = torch.optim.Adam(self.parameters(), 3e-3)
+        for _ in range(steps):
+            inputs, answers = self.draw(64, n, generator)
+            loss = F.cross_entropy(self(*inputs).flatten(0, 1), answers.flatten())
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return self
+
+    @torch.no_grad()
+    def accuracy(self, n, rows, generator):
+        inputs, answers = self.draw(rows, n, generator)
+        return (self(*inputs).argmax(-1) == answers).float().mean().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_retrieval_learned_at_64_keys_holds_at_lengths_where_softmax_has_lost_it(seed):
+    scores = {}
+    for name, op in (("softmax", softmax_attention), ("lssar", softplus_attention)):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        model = Retrieval(op).train_at(64, 1200, generator)
+        scores[name] = {n: model.accuracy(n, 32 if n > 9999 else 128, generator) for n in (64, 512, 2048, 16384)}
+    soft, sharp = scores["softmax"], scores["lssar"]
+    assert min(soft[64], sharp[64]) > 0.99
+    assert sharp[512] > 0.98
+    # measured over three seeds: 0.75 against 0.99, then 0.07 to 0.12 against 0.43 to 0.55
+    assert 1 - soft[2048] > 5 * (1 - sharp[2048])
+    assert sharp[16384] > 2 * soft[16384]

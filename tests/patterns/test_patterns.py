@@ -95,7 +95,8 @@ def test_a_pattern_that_could_see_ahead_is_not_called_causal(pattern):
 
 @pytest.mark.parametrize(
     "pattern",
-    [p for p, _ in ATOMS.values()] + [Causal() & SlidingWindow(3) | SlidingWindow(2), (Sinks(2) | SlidingWindow(3)) & Causal()],
+    [p for p, _ in ATOMS.values()]
+    + [Causal() & SlidingWindow(3) | SlidingWindow(2), (Sinks(2) | SlidingWindow(3)) & Causal()],
     ids=repr,
 )
 def test_needed_after_is_an_upper_bound_on_who_still_sees_a_key(pattern):
@@ -166,7 +167,7 @@ def test_bound_patterns_combine_with_their_data():
 def test_two_tables_of_one_kind_need_two_labels():
     first, second = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 0]])
     both = Documents("page").bind(page=first) & Documents("author").bind(author=second)
-    assert torch.equal(both.dense(4, 4)[0, 0], (first.T == first) & (second.T == second))
+    assert torch.equal(both.dense(4, 4)[0, 0], (first == first.T) & (second == second.T))
     with pytest.raises(OptionError, match="label"):
         Documents().bind(doc=first) & Documents().bind(doc=second)
 
@@ -177,7 +178,12 @@ def test_bound_patterns_are_not_hashable():
 
 
 def test_missing_data_is_named():
-    for pattern in (Documents(), Causal() & Documents(), ~Documents(), Causal() | Documents().bind(doc=torch.zeros(1, 4)) & KeyValid()):
+    for pattern in (
+        Documents(),
+        Causal() & Documents(),
+        ~Documents(),
+        Causal() | Documents().bind(doc=torch.zeros(1, 4)) & KeyValid(),
+    ):
         with pytest.raises(OptionError, match=r"\.bind\((doc|key_valid)="):
             pattern.dense(4, 4)
 

@@ -128,8 +128,12 @@ def test_dividing_by_the_maximum_first_changes_nothing_and_stays_finite_in_half_
     (scores,) = normal((1, 2, 16, 64))
     inner = Softmax()(scores * 3, None, None)
     above = (inner * 64 - 1).clamp(min=0) ** 15
-    torch.testing.assert_close(table(Sharpen(Softmax(), eps=0.0), scores * 3, None), above / above.sum(-1, keepdim=True))
-    assert ((inner * 64 - 1).half().clamp(min=0) ** 15).isinf().any(), "the naive form must overflow for this test to say anything"
+    torch.testing.assert_close(
+        table(Sharpen(Softmax(), eps=0.0), scores * 3, None), above / above.sum(-1, keepdim=True)
+    )
+    assert ((inner * 64 - 1).half().clamp(min=0) ** 15).isinf().any(), (
+        "the naive form must overflow for this test to say anything"
+    )
     assert table(Sharpen(Softmax()), (scores * 3).half(), None).isfinite().all()
 
 

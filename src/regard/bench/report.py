@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from regard.contract.optional import need
 # light and dark colour: at least 0.10 apart in OKLab, also as seen with protanopia, deuteranopia and tritanopia
 # (a test measures it), and never alone: every system also has its symbol
 PALETTE = (
-    ("#3e74f3", "#8c8cb5"),
+    ("#0f1294", "#a4cafd"),
     ("#b4670c", "#976914"),
     ("#45b199", "#9bfcf1"),
     ("#b42e60", "#faa9b2"),
@@ -38,7 +39,7 @@ PALETTE = (
     ("#a092fc", "#7763e5"),
     ("#495200", "#bccb3c"),
     ("#b4a139", "#fedf98"),
-    ("#0f1294", "#a4cafd"),
+    ("#3e74f3", "#8c8cb5"),
     ("#780754", "#ad2f66"),
     ("#8b6eab", "#c08efe"),
     ("#2e50aa", "#3364a2"),
@@ -46,6 +47,10 @@ PALETTE = (
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "pentagon", "star", "hexagon", "triangle-down", "x")
 DASHES = ("solid", "dash", "dot")
 
+_CURVE_AXES = {
+    "text": (("tokens", "training tokens"), ("seconds", "training time (s)")),
+    "recall": (("tokens", "training tokens"),),
+}
 _COST_NAMES = {
     "prefill_ms": ("Reading a prompt", "time for all tokens (ms)"),
     "decode_ms": ("Writing one token", "time a token (ms)"),
@@ -67,7 +72,7 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
     jinja2, offline = need("jinja2", "bench"), need("plotly.offline", "bench")
     summary = summarise(lines)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(short=short, score=score_text)
+    environment.filters.update(short=short, held=_held)
     template = environment.from_string((files("regard.bench") / "report.html.j2").read_text(encoding="utf-8"))
     styles = {row.system: style(index) for index, row in enumerate(summary.rows)}
     return template.render(
@@ -78,7 +83,7 @@ def page(lines: Sequence[dict[str, Any]]) -> str:
         exponents=_exponents(summary),
         data=next((line["data"] for line in lines if line["kind"] == "run"), ""),
         matched=next((line["matched"] for line in lines if line["kind"] == "run"), ""),
-        settings={name: value for name, value in settings_of(lines).items() if value not in (None, "", [], ())},
+        settings={name: _setting(value) for name, value in settings_of(lines).items() if value not in (None, "", [])},
         machine=_machine(lines),
         training=[_training(lines, task) for task in METRICS],
         options=_options(lines),
@@ -104,6 +109,11 @@ def short(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,}"
 
 
+def _held(text: str) -> str:
+    """The text with numbers held together with their units and spreads at line ends."""
+    return re.sub(r"(?<=\d) (?=[A-Za-z±%])|(?<=±) ", "\u00a0", text)
+
+
 def _figures(summary: Summary, lines: Sequence[dict[str, Any]], styles: dict[str, dict[str, str]]) -> dict[str, Any]:
     """name -> {traces, axes}. A trace with `system` takes that system's colour when the page is drawn."""
     figures: dict[str, Any] = {}
@@ -112,7 +122,7 @@ def _figures(summary: Summary, lines: Sequence[dict[str, Any]], styles: dict[str
         if curves:
             unit = "bits per byte, validation part" if task == "text" else "accuracy, validation part"
             scope = _curve_range(curves.values()) if task == "text" else [-0.03, 1.03]
-            for name, what in (("tokens", "training tokens"), ("seconds", "training time (s)")):
+            for name, what in _CURVE_AXES[task]:
                 figures[f"{task}_{name}"] = {
                     "traces": [t for slug, curve in curves.items() for t in _curve_traces(slug, curve, name, styles)],
                     "x": {"title": what, "rangemode": "tozero"},
@@ -128,14 +138,14 @@ def _figures(summary: Summary, lines: Sequence[dict[str, Any]], styles: dict[str
         if traces:
             figures[cost] = {
                 "traces": traces,
-                "x": _log_axis("length (tokens)", summary.lengths, summary.lengths, short),
+                "x": _log_axis("length (tokens)", summary.lengths, lambda low, high: summary.lengths, short),
                 "y": _cost_axis(cost, [y for trace in traces for y in trace["y"]]),
             }
     return figures
 
 
 def _curve(lines: Sequence[dict[str, Any]], task: str, slug: str) -> dict[str, list[float]] | None:
-    """Mean and range over seeds at the points that all of them reached; of the longest setting, if there are several."""
+    """Mean and range over seeds at the points that all reached; of the longest setting where there are several."""
     runs = [run for run in chosen_runs(lines, task, slug)[0] if len(run["curve"])]
     if not runs:
         return None
@@ -160,7 +170,7 @@ def _curve_range(curves: Iterable[dict[str, list[float]]]) -> list[float] | None
     # the first steps fall from far above; the eye needs the rest
     known = [curve["mean"] for curve in curves]
     low = min(min(mean) for mean in known)
-    high = max(mean[min(len(mean) - 1, math.ceil(0.15 * len(mean)))] for mean in known)
+    high = max(mean[min(len(mean) - 1, math.ceil(0.25 * len(mean)))] for mean in known)
     pad = 0.05 * (high - low)
     return [low - pad, high + pad] if high > low else None
 
@@ -266,8 +276,8 @@ def _recall_state(summary: Summary, length: int, styles: dict[str, dict[str, str
     chance = next((score.chance for _, score in points.values() if score.chance is not None), None)
     return {
         "traces": traces,
-        "x": _log_axis(f"state at {length:,} tokens, one sequence", _powers(sizes, 4), [min(sizes), max(sizes)], amount),
-        "y": {"title": "recall accuracy", "range": [-0.04, 1.1], "tickvals": [0, 0.25, 0.5, 0.75, 1]},
+        "x": _log_axis(f"state at {length:,} tokens, one sequence", [min(sizes) / 2, max(sizes) * 4], _powers, amount),
+        "y": {"title": "recall accuracy", "range": [-0.06, 1.18], "tickvals": [0, 0.25, 0.5, 0.75, 1]},
         "chance": chance,
     }
 
@@ -295,13 +305,20 @@ def _cost_trace(row: Any, cost: str, styles: dict[str, dict[str, str]]) -> dict[
 def _cost_axis(cost: str, values: Sequence[float]) -> dict[str, Any]:
     title = _COST_NAMES[cost][1]
     if cost == "state_bytes":
-        return _log_axis(title, _powers(values, 4), values, amount)
-    return _log_axis(title, _nice(values), values, lambda v: digits(v, 1))
+        return _log_axis(title, values, _powers, amount)
+    return _log_axis(title, values, _nice, lambda value: f"{value:,.10g}")
 
 
-def _log_axis(title: str, ticks: Sequence[float], values: Sequence[float], text: Any) -> dict[str, Any]:
+def _log_axis(
+    title: str,
+    values: Sequence[float],
+    place: Callable[[float, float], Sequence[float]],
+    text: Callable[[Any], str],
+) -> dict[str, Any]:
     low, high = math.log10(min(values)), math.log10(max(values))
-    pad = max(0.06 * (high - low), 0.08)
+    # a flat cost must look flat: less than a factor of two is not spread over the whole height
+    pad = max(0.06 * (high - low), (0.3 - (high - low)) / 2, 0.03)
+    ticks = place(10 ** (low - pad), 10 ** (high + pad))
     return {
         "title": title,
         "type": "log",
@@ -311,18 +328,21 @@ def _log_axis(title: str, ticks: Sequence[float], values: Sequence[float], text:
     }
 
 
-def _powers(sizes: Sequence[float], factor: int) -> list[float]:
-    """Powers of two around sizes, at most about six."""
-    low, high = math.floor(math.log2(min(sizes))), math.ceil(math.log2(max(sizes)))
-    step = max(int(math.log2(factor)), math.ceil((high - low) / 6))
-    return [2.0**n for n in range(low - low % step, high + step, step)]
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of two from low to high, at most seven."""
+    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
+    step = max(1, math.ceil((last - first) / 6))
+    return [2.0**n for n in range(first + -first % step, last + 1, step)]
 
 
-def _nice(values: Sequence[float]) -> list[float]:
-    """1, 2, 5, 10 … around values; whole decades only where there are many."""
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    steps = (1,) if high - low > 3 else (1, 2, 5)
-    return [float(f"{m}e{n}") for n in range(low, high + 1) for m in steps]
+def _nice(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, at most seven unless there are more decades."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6, 8), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        ticks = [tick for n in decades for m in steps if low <= (tick := float(f"{m}e{n}")) <= high]
+        if len(ticks) <= 7:
+            break
+    return ticks
 
 
 def _columns(summary: Summary) -> list[dict[str, Any]]:
@@ -330,21 +350,19 @@ def _columns(summary: Summary) -> list[dict[str, Any]]:
     rows = summary.rows
     columns = [
         _column("Text", "bits per byte", None, [_score_cell(row.text, "text") for row in rows]),
-        _column("Learning rate", "text", None, [_lr_cell(row.text) for row in rows]),
         _column("Recall", "accuracy", None, [_score_cell(row.recall, "recall") for row in rows]),
-        _column("Learning rate", "recall", None, [_lr_cell(row.recall) for row in rows]),
         _column("Training", "tokens/s", None, [_cell(row.train_tokens_per_s, digits) for row in rows]),
     ]
     shown = (
-        ("prefill_tokens_per_s", "Prefill", "tokens/s", digits),
-        ("decode_ms", "Decode", "ms/token", digits),
-        ("state_bytes", "State", "one sequence", amount),
-        ("peak_mib", "Peak memory", "MiB", digits),
+        ("prefill_tokens_per_s", "Prefill", "tokens/s, ", digits),
+        ("decode_ms", "Decode", "ms/token, ", digits),
+        ("state_bytes", "State", "at ", amount),
+        ("peak_mib", "Peak", "MiB, ", digits),
     )
     for length in summary.lengths:
         for name, title, unit, text in shown:
             cells = [_cell(getattr(row.costs.get(length), name, None), text) for row in rows]
-            columns.append(_column(title, f"{unit} at {short(length)}", length, cells))
+            columns.append(_column(title, unit + short(length), length, cells))
     sizes = [_cell(row.parameters, lambda value: f"{value:,}") for row in rows]
     columns.append(_column("Parameters", "count", None, sizes))
     return columns
@@ -354,20 +372,16 @@ def _column(name: str, unit: str, length: int | None, cells: list[dict[str, Any]
     return {"name": name, "unit": unit, "length": length, "cells": cells}
 
 
-def _cell(value: float | None, text: Any) -> dict[str, Any]:
-    return {"text": "–", "sort": None} if value is None else {"text": text(value), "sort": value}
+def _cell(value: float | None, text: Callable[[Any], str]) -> dict[str, Any]:
+    return {"text": "–" if value is None else text(value), "sort": value, "note": ""}
 
 
 def _score_cell(score: Score | None, task: str) -> dict[str, Any]:
     if score is None:
         return _cell(None, str)
-    return {"text": score_text(score, task) + ("" if score.whole or score.mean is None else " *"), "sort": score.mean}
-
-
-def _lr_cell(score: Score | None) -> dict[str, Any]:
-    if score is None:
-        return _cell(None, str)
-    return {"text": ", ".join(f"{lr:g}" for lr in score.lrs), "sort": score.lrs[0]}
+    star = "" if score.whole or score.mean is None else " *"
+    rates = ", ".join(f"{lr:g}" for lr in score.lrs)
+    return {"text": score_text(score, task) + star, "sort": score.mean, "note": f"lr {rates}"}
 
 
 def _exponents(summary: Summary) -> dict[str, Any]:
@@ -375,7 +389,7 @@ def _exponents(summary: Summary) -> dict[str, Any]:
         if found is None:
             return "–"
         error = f" ± {found.error:.2f}" if found.error is not None else ""
-        return f"{found.exponent + 0:.2f}".replace("-0.00", "0.00") + error
+        return f"{found.exponent:.2f}".replace("-0.00", "0.00").replace("-", "−") + error
 
     rows = [row for row in summary.rows if row.fits]
     points = sorted({found.points for row in rows for found in row.fits.values()})
@@ -384,6 +398,14 @@ def _exponents(summary: Summary) -> dict[str, Any]:
         "rows": [(row.system, [(text(row.fits.get(c)), row.fits.get(c)) for c in COSTS]) for row in rows],
         "points": "–".join(str(p) for p in (points if len(points) < 2 else (points[0], points[-1]))),
     }
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(_setting(part) for part in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _machine(lines: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -408,7 +430,7 @@ def _machine(lines: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
 
 def _training(lines: Iterable[dict[str, Any]], task: str) -> dict[str, Any] | None:
     """What all training runs of a task had in common, read from the lines."""
-    runs = [line for line in lines if line["kind"] == "train" and line["metric"] == METRICS[task]]
+    runs = [line for line in lines if line.get("metric") == METRICS[task]]
     if not runs:
         return None
 
@@ -430,7 +452,7 @@ def _training(lines: Iterable[dict[str, Any]], task: str) -> dict[str, Any] | No
 
 
 def _options(lines: Iterable[dict[str, Any]]) -> dict[str, str]:
-    about = next((line["systems"] for line in lines if line["kind"] == "run"), {})
+    about: dict[str, Any] = next((line["systems"] for line in lines if line["kind"] == "run"), {})
     return {
         slug: ", ".join(f"{name}={value}" for name, value in facts["options"].items())
         for slug, facts in about.items()

@@ -145,17 +145,17 @@ def systems_of(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def chosen_runs(lines: Iterable[dict[str, Any]], task: str, slug: str) -> tuple[list[dict[str, Any]], bool]:
     """The training runs of the learning rate that won, and whether it has won already.
 
-    While the search goes on, the runs of the learning rate with the best mean so far stand in.
+    While the search goes on, the runs of the learning rate with the best validation so far stand in.
     """
-    runs = [x for x in lines if x["kind"] == "train" and x["system"] == slug and x["metric"] == METRICS[task]]
+    runs = _runs(lines, task, slug)
     best = [run for run in runs if run.get("best")]
     if best or not runs:
         return best, True
     sign = -1 if task == "recall" else 1
 
     def order(lr: float) -> tuple[int, float]:
-        values = [run["value"] for run in runs if run["lr"] == lr and run["value"] is not None]
-        return (0, sign * float(np.mean(values))) if values else (1, lr)
+        ends = [run["curve"][-1][2] for run in runs if run["lr"] == lr and run["value"] is not None and run["curve"]]
+        return (0, sign * float(np.mean(ends))) if ends else (1, lr)
 
     lr = min({run["lr"] for run in runs}, key=order)
     return [run for run in runs if run["lr"] == lr], False
@@ -188,12 +188,11 @@ def pareto(points: dict[str, tuple[float, float]]) -> tuple[str, ...]:
 
 def amount(size: float) -> str:
     """Bytes as text with a binary unit."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            break
+    units = ["B", "KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
         size /= 1024
-    else:
-        unit = "GiB"
+        units.pop(0)
+    unit = units[0]
     return f"{size:.0f} {unit}" if size >= 100 or size == int(size) else f"{size:.1f} {unit}"
 
 
@@ -212,8 +211,14 @@ def score_text(score: Score, task: str) -> str:
     return f"{score.mean:.3f}" + (f" ± {score.spread:.3f}" if score.spread is not None else "")
 
 
+def _runs(lines: Iterable[dict[str, Any]], task: str, slug: str) -> list[dict[str, Any]]:
+    """All training runs of a system on a task: as long as none is settled, those on trial."""
+    runs = [x for x in lines if x.get("metric") == METRICS[task] and x["system"] == slug]
+    return [x for x in runs if x["kind"] == "train"] or [x for x in runs if x["kind"] == "trial"]
+
+
 def _parts(lines: Iterable[dict[str, Any]], task: str) -> set[tuple[str, int]]:
-    return {(x["task"], x["length"]) for x in lines if x["kind"] == "train" and x["metric"] == METRICS[task]}
+    return {(x["task"], x["length"]) for x in lines if x.get("metric") == METRICS[task]}
 
 
 def _row(lines: Sequence[dict[str, Any]], slug: str, facts: dict[str, Any], parts: dict[str, set]) -> Row:
@@ -226,7 +231,7 @@ def _row(lines: Sequence[dict[str, Any]], slug: str, facts: dict[str, Any], part
         if found:
             fits[name] = found
     rates = [x["train_tokens_per_s"] for x in speed.values() if x.get("train_tokens_per_s") is not None]
-    trained = [x["parameters"] for x in lines if x["kind"] == "train" and x["system"] == slug]
+    trained = [x["parameters"] for x in lines if "metric" in x and x["system"] == slug]
     return Row(
         system=slug,
         title=facts.get("title") or slug,
@@ -276,7 +281,7 @@ def _score(lines: Sequence[dict[str, Any]], task: str, slug: str, parts: set[tup
 
 
 def _length(lines: Iterable[dict[str, Any]], settings: dict[str, Any]) -> int | None:
-    lengths = [x["length"] for x in lines if x["kind"] == "train" and x["metric"] == METRICS["text"]]
+    lengths = [x["length"] for x in lines if x.get("metric") == METRICS["text"]]
     return max(set(lengths), key=lengths.count) if lengths else settings.get("length")
 
 
@@ -383,8 +388,7 @@ def _text_answer(contest: _Contest, rows: dict[str, Row], length: int | None) ->
     seeds = len(score.values)
     sentence = (
         f"For {f'{length:,}-token ' if length else ''}text on this machine, {best} predicts best: "
-        f"{score_text(score, 'text')} bits per byte"
-        + (f" over {seeds} seeds" if seeds > 1 else " with one seed")
+        f"{score_text(score, 'text')} bits per byte" + (f" over {seeds} seeds" if seeds > 1 else " with one seed")
     )
     sentence, caveat = _against(sentence, "text", leaders, order, rows)
     return Answer("Text quality", tuple(leaders), sentence, caveat)
@@ -413,9 +417,7 @@ def _recall_answer(contest: _Contest, rows: dict[str, Row]) -> Answer:
     return Answer("Recall", tuple(leaders), sentence, caveat)
 
 
-def _against(
-    sentence: str, task: str, leaders: list[str], order: list[str], rows: dict[str, Row]
-) -> tuple[str, str]:
+def _against(sentence: str, task: str, leaders: list[str], order: list[str], rows: dict[str, Row]) -> tuple[str, str]:
     """The sentence, ended by who is equal or next; and what that rests on."""
 
     def said(name: str) -> str:
@@ -424,7 +426,8 @@ def _against(
     single = any(getattr(rows[name], task).spread is None for name in order)
     caveat = ""
     if len(leaders) > 1:
-        reason = f"within {_ONE_SEED[task]:.0%}, which one seed cannot separate" if single else "their spreads overlap"
+        near = f"within {_ONE_SEED[task]:.0%}, which one seed cannot separate"
+        reason = near if single else "within the spread over seeds"
         others = joined([said(name) for name in leaders[1:]])
         sentence += f"; {others} cannot be told apart from it ({reason})"
     elif len(order) > 1:
@@ -487,7 +490,8 @@ def _balanced_answer(contests: dict[str, _Contest], systems: int) -> Answer | No
     picks = [name for name, r in ranks.items() if (max(r), sum(r)) == best]
     places = ", ".join(f"{ordinal(r)} in {what}" for what, r in zip(contests, ranks[picks[0]], strict=True))
     size = len(everywhere)
-    sentence = f"For a bit of everything, {picks[0]} is never worse than {ordinal(best[0])} of {size} systems: {places}."
+    worst = f"never worse than {ordinal(best[0])} of {size} systems"
+    sentence = f"For a bit of everything, {picks[0]} is {worst}: {places}."
     caveat = f"As good by this rule: {joined(picks[1:])}." if len(picks) > 1 else ""
     if size < systems:
         caveat = f"{caveat} {systems - size} of {systems} systems lack a part and are left out.".strip()
@@ -505,16 +509,12 @@ def joined(names: Sequence[str]) -> str:
     return ", ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1] if names else ""
 
 
-def _asked(settings: dict[str, Any]) -> list[str]:
-    return [task for task in METRICS if settings.get("task") in (task, None) or settings["task"] not in METRICS]
-
-
 def _missing(
     rows: Sequence[Row], lines: Sequence[dict[str, Any]], settings: dict[str, Any], parts: dict[str, set]
 ) -> Iterable[str]:
     if not rows:
         yield "Nothing has been measured yet."
-    asked = [task for task in METRICS if parts[task] or task in _asked(settings)]
+    asked = [task for task in METRICS if parts[task] or task in settings.get("tasks", METRICS)]
     for task in METRICS:
         if rows and task not in asked:
             yield f"{task.capitalize()} was not part of this run."
@@ -524,7 +524,7 @@ def _missing(
     for row in rows:
         for task in asked:
             if parts[task]:
-                yield from _missing_score(row, task, getattr(row, task), wanted, parts[task], lines)
+                yield from _missing_score(row, task, wanted, parts[task], _runs(lines, task, row.system))
     measured = {n for row in rows for n in row.costs}
     if rows and not measured:
         yield "Speed, memory and state size have not been measured yet."
@@ -541,13 +541,9 @@ def _missing(
 
 
 def _missing_score(
-    row: Row,
-    task: str,
-    score: Score | None,
-    wanted: Any,
-    parts: set[tuple[str, int]],
-    lines: Sequence[dict[str, Any]],
+    row: Row, task: str, wanted: Any, parts: set[tuple[str, int]], runs: Sequence[dict[str, Any]]
 ) -> Iterable[str]:
+    score: Score | None = getattr(row, task)
     if score is None:
         yield f"{row.system}: {task} not measured yet."
         return
@@ -558,17 +554,17 @@ def _missing_score(
     elif not score.settled:
         yield (
             f"{row.system}: {task} still searching its learning rate; shown is {score.lrs[0]:g}, the best so far on "
-            "the held-out part, and it takes no part in the answers."
+            "the validation part, and it takes no part in the answers."
         )
     else:
         if isinstance(wanted, int) and seeds < wanted:
             yield f"{row.system}: {task} has {seeds} of {wanted} seeds."
         if not score.whole:
-            yield f"{row.system}: {task} covers only some of the {len(parts)} settings; it takes no part in the answers."
-    runs = [x for x in lines if x["kind"] == "train" and x["system"] == row.system and x["metric"] == METRICS[task]]
+            yield f"{row.system}: {task} covers some of {len(parts)} settings only; it takes no part in the answers."
     others = sorted({x["lr"] for x in runs if x["stopped"] == "diverged"} - set(score.lrs))
     if others:
-        yield f"{row.system}: {task} diverged at learning rate {joined([f'{lr:g}' for lr in others])}, not the one shown."
+        rates = joined([f"{lr:g}" for lr in others])
+        yield f"{row.system}: {task} diverged at learning rate {rates}, not the one shown."
 
 
 def _notes(lines: Sequence[dict[str, Any]], rows: Sequence[Row]) -> Iterable[str]:

@@ -101,7 +101,7 @@ def _log_decay(decay: Tensor | tuple[float, ...], q: Tensor) -> Tensor:
     if isinstance(decay, Tensor):
         if decay.shape != (q.shape[1],):
             raise ShapeError(f"decay is {tuple(decay.shape)}; it must have one factor for each of {q.shape[1]} query heads")
-        if not torch.compiler.is_compiling() and not decay.is_meta and bool(((decay <= 0) | (decay > 1)).any()):
+        if not torch.compiler.is_compiling() and not decay.is_meta and not bool(((decay > 0) & (decay <= 1)).all()):
             raise OptionError("decay must be in (0, 1]")
         return decay.log()
     if len(decay) != q.shape[1]:

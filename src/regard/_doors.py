@@ -1,0 +1,29 @@
+"""Public names that no card exports: where each one is defined."""
+
+from __future__ import annotations
+
+DOORS: dict[str, str] = {
+    "attend": "regard.ops.attend",
+    "get": "regard.contract.names",
+    "op": "regard.contract.names",
+    "mixer": "regard.contract.names",
+    "model": "regard.contract.names",
+    "task": "regard.contract.names",
+    "why": "regard.contract.dispatch",
+    "check": "regard.checks.battery",
+    **dict.fromkeys(("SequenceModel", "SequenceSettings"), "regard.models.sequence.shell"),
+    "collect_losses": "regard.contract.collect",
+    "add_loss": "regard.contract.collect",
+    **dict.fromkeys(
+        ("Causal", "Documents", "Explicit", "Full", "KeyValid", "Pattern", "Prefix", "Sinks", "SlidingWindow"),
+        "regard.patterns",
+    ),
+    **dict.fromkeys(
+        ("Softmax", "Sigmoid", "L1", "ReLUOverN", "Linear", "Sharpen"), "regard.primitives.normalisers"
+    ),
+    "merge": "regard.primitives.merge",
+    **dict.fromkeys(
+        ("RegardError", "ShapeError", "OptionError", "Unsupported", "MissingExtra", "UnknownName"),
+        "regard.contract.errors",
+    ),
+}
