@@ -144,7 +144,7 @@ def _figures(summary: Summary, lines: Sequence[dict[str, Any]], styles: dict[str
     return figures
 
 
-def _curve(lines: Sequence[dict[str, Any]], task: str, slug: str) -> dict[str, list[float]] | None:
+def _curve(lines: Sequence[dict[str, Any]], task: str, slug: str) -> dict[str, Any] | None:
     """Mean and range over seeds at the points that all reached; of the longest setting where there are several."""
     runs = [run for run in chosen_runs(lines, task, slug)[0] if len(run["curve"])]
     if not runs:
@@ -163,20 +163,26 @@ def _curve(lines: Sequence[dict[str, Any]], task: str, slug: str) -> dict[str, l
         "low": values.min(0),
         "high": values.max(0),
     }
-    return {name: [float(f"{v:.6g}") for v in column] for name, column in columns.items()}
+    curve: dict[str, Any] = {name: [float(f"{v:.6g}") for v in column] for name, column in columns.items()}
+    return curve | {"diverged": any(run["value"] is None for run in runs)}
 
 
-def _curve_range(curves: Iterable[dict[str, list[float]]]) -> list[float] | None:
+def _curve_range(curves: Iterable[dict[str, Any]]) -> list[float] | None:
     # the first steps fall from far above; the eye needs the rest
-    known = [curve["mean"] for curve in curves]
-    low = min(min(mean) for mean in known)
-    high = max(mean[min(len(mean) - 1, math.ceil(0.25 * len(mean)))] for mean in known)
+    known = list(curves)
+    low = min(min(curve["mean"]) for curve in known)
+    quarter = 0.25 * max(curve["tokens"][-1] for curve in known)
+    reached = [curve for curve in known if curve["tokens"][-1] >= quarter] or known
+    high = max(float(np.interp(quarter, curve["tokens"], curve["mean"])) for curve in reached)
+    # where a run broke off is worth seeing, unless it had risen far away by then
+    ends = [curve["mean"][-1] for curve in known if curve["diverged"]]
+    high = max([high, *(end for end in ends if end < 1.5 * high)])
     pad = 0.05 * (high - low)
     return [low - pad, high + pad] if high > low else None
 
 
 def _curve_traces(
-    slug: str, curve: dict[str, list[float]], x: str, styles: dict[str, dict[str, str]]
+    slug: str, curve: dict[str, Any], x: str, styles: dict[str, dict[str, str]]
 ) -> Iterable[dict[str, Any]]:
     if curve["low"] != curve["high"]:
         yield {
@@ -198,6 +204,16 @@ def _curve_traces(
         "line": {"dash": styles[slug]["dash"]},
         "hovertemplate": f"<b>{html.escape(slug)}</b><br>%{{y:.3f}} after {unit}<extra></extra>",
     }
+    if curve["diverged"]:
+        yield {
+            "system": slug,
+            "role": "point",
+            "x": curve[x][-1:],
+            "y": curve["mean"][-1:],
+            "mode": "markers",
+            "marker": {"symbol": "x-thin-open"},
+            "hovertemplate": f"<b>{html.escape(slug)}</b><br>diverged after {unit}<extra></extra>",
+        }
 
 
 def _final(rows: Sequence[Any], styles: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -232,7 +248,7 @@ def _final(rows: Sequence[Any], styles: dict[str, dict[str, str]]) -> dict[str, 
     return {
         "traces": traces,
         "rows": len(ordered),
-        "x": {"title": "bits per byte on the test part (lower is better)"},
+        "x": {"title": "bits per byte, test part"},
         "y": {"tickvals": list(range(len(ordered))), "ticktext": labels, "range": [-0.6, len(ordered) - 0.4]},
     }
 

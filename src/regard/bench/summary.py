@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,11 @@ COSTS = ("prefill_ms", "decode_ms", "state_bytes", "peak_mib")
 
 # one seed has no spread: its figures are held apart only beyond these, half of it for each side
 _ONE_SEED = {"text": 0.01, "recall": 0.01}
-# repeated timings on a shared machine differ by about this much
+# repeated timings on a quiet machine differ by about this much
 _TIMING = 0.05
+# no system gets this much cheaper at a longer length: if it seems so, something else was running
+_DISTURBED = 0.75
+_TIMED = ("Long decoding", "Long prompts", "Training speed")
 
 
 @dataclass(frozen=True)
@@ -352,10 +356,13 @@ def _at_longest(rows: Iterable[Row], name: str, higher: bool) -> tuple[int, _Con
 
 def _answers(rows: Sequence[Row], length: int | None) -> Iterable[Answer]:
     diverged = {row.system for row in rows if any(score and score.diverged for score in (row.text, row.recall))}
+    busy = "Something else kept the machine busy, so timings are rough: see how it was measured."
+    disturbed = busy if any(_disturbed(rows)) else ""
     for answer in _uses(rows, length):
+        timed = disturbed if answer.use in _TIMED else ""
         failed = [name for name in answer.picks if name in diverged]
         warning = f"But {joined(failed)} diverged in training, see what is missing." if failed else ""
-        yield replace(answer, caveat=f"{answer.caveat} {warning}".strip())
+        yield replace(answer, caveat=" ".join(filter(None, (answer.caveat, warning, timed))))
 
 
 def _uses(rows: Sequence[Row], length: int | None) -> Iterable[Answer]:
@@ -475,6 +482,19 @@ def _rate_answer(use: str, what: str, verb: str, contest: _Contest) -> Answer:
     return Answer(use, tuple(leaders), sentence + ".", _timing_caveat(leaders))
 
 
+def _disturbed(rows: Iterable[Row]) -> Iterable[str]:
+    """Systems and lengths whose times cannot all be right."""
+    for row in rows:
+        for name, what in (("prefill_ms", "reading"), ("decode_ms", "a decoding step")):
+            known = [(n, value) for n, cost in row.costs.items() if (value := getattr(cost, name))]
+            for (n, value), (longer, after) in pairwise(known):
+                if after < _DISTURBED * value:
+                    yield (
+                        f"Timing was disturbed: {what} took {row.system} {digits(value)} ms at {n:,} tokens, but "
+                        f"{digits(after)} ms at {longer:,}."
+                    )
+
+
 def _timing_caveat(leaders: list[str]) -> str:
     if len(leaders) == 1:
         return ""
@@ -579,6 +599,7 @@ def _notes(lines: Sequence[dict[str, Any]], rows: Sequence[Row]) -> Iterable[str
     sizes = [row.parameters for row in rows if row.parameters]
     if len(sizes) > 1:
         yield f"Parameters: {min(sizes):,} to {max(sizes):,}, {max(sizes) / min(sizes) - 1:.1%} apart at most."
+    yield from _disturbed(rows)
     hardware = {x["hardware"] for x in lines if x.get("hardware")}
     if len(hardware) > 1:
         yield f"Measured on different machines, so times are not comparable: {joined(sorted(hardware))}."

@@ -10,13 +10,13 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.checks.battery import Subject, demand, demand_near, verifies
 from regard.checks.tolerances import SAME
 
 
-def build(subject: Subject) -> nn.Module:
+def build(subject: Subject) -> Any:
     """The model of the card's options: fields over those of the first of `SIZES`, or keywords where there are none."""
     options, sizes = subject.card.options, sizes_of(subject)
     with torch.random.fork_rng(devices=[]):
@@ -67,7 +67,8 @@ def model_trains(subject: Subject) -> None:
 def sizes_build(subject: Subject) -> None:
     """Every row of SIZES is a flat frozen dataclass and can be built."""
     for name, settings in sizes_of(subject).items():
-        frozen = dataclasses.is_dataclass(settings) and type(settings).__dataclass_params__.frozen  # type: ignore[attr-defined]
+        parameters = getattr(type(settings), "__dataclass_params__", None)
+        frozen = parameters is not None and parameters.frozen
         demand(frozen, f"SIZES[{name!r}] is a {type(settings).__name__}, not a frozen dataclass")
         with torch.device("meta"):
             model = subject.main(settings)
@@ -81,14 +82,14 @@ def model_decodes(subject: Subject) -> None:
     x = example(subject.card)
     n = x.shape[1]
     whole = model(x)
-    first, state = model.prefill(x[:, :2], model.init_state(x.shape[0]))  # type: ignore[operator]
-    second, middle = model.prefill(x[:, 2 : n - 2], state)  # type: ignore[operator]
+    first, state = model.prefill(x[:, :2], model.init_state(x.shape[0]))
+    second, middle = model.prefill(x[:, 2 : n - 2], state)
     outs, state = [first, second], middle
     for t in range(n - 2, n):
-        out, state = model.step(x[:, t : t + 1], state)  # type: ignore[operator]
+        out, state = model.step(x[:, t : t + 1], state)
         outs.append(out)
     demand_near(torch.cat(outs, 1), whole, SAME[torch.float64], "prefill in pieces, then steps")
-    again, _ = model.step(x[:, n - 2 : n - 1], middle)  # type: ignore[operator]
+    again, _ = model.step(x[:, n - 2 : n - 1], middle)
     demand_near(again, whole[:, n - 2 : n - 1], SAME[torch.float64], "a step from an old state, after later ones")
-    said, held = model.state_bytes(x.shape[0], n), state.size_bytes  # type: ignore[operator]
+    said, held = model.state_bytes(x.shape[0], n), state.size_bytes
     demand(said == held, f"state_bytes says {said} after {n} tokens, the state holds {held}")

@@ -56,9 +56,12 @@ def cases(card: Any) -> list[Case]:
 
 
 def inputs(
-    card: Any, dtype: torch.dtype = torch.float64, *, grad: bool = False, spread: float = 1.0, **sizes: int
+    card: Any, sizes: dict[str, int], dtype: torch.dtype = torch.float64, *, grad: bool = False, spread: float = 1.0
 ) -> list[Tensor]:
-    """Random tensors by the card's spec and example; drawn in float64, so that every dtype sees the same numbers."""
+    """Random tensors by the card's spec and example; drawn in float64, so that every dtype sees the same numbers.
+
+    sizes: axes that differ from the example's. spread: standard deviation.
+    """
     whole = {**card.sizes, **sizes}
     return [
         (torch.randn([whole[a] for a in axes], dtype=torch.float64) * spread).to(dtype).requires_grad_(grad)
@@ -168,7 +171,7 @@ def axes(subject: Subject) -> None:
     for case in cases(subject.card):
         sizes = {**subject.card.sizes, **case.sizes}
         wanted = tuple(sizes[a] for a in spec.outputs[0])
-        out = call(subject, inputs(subject.card, **case.sizes), **case.options)
+        out = call(subject, inputs(subject.card, case.sizes), **case.options)
         demand(tuple(out.shape) == wanted, f"{case.what}: the output is {tuple(out.shape)}, the spec says {wanted}")
 
 
@@ -177,7 +180,7 @@ def dtype_and_device(subject: Subject) -> None:
     """The output has the dtype and the device of the inputs."""
     for case in cases(subject.card):
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            out = call(subject, inputs(subject.card, dtype, **case.sizes), **case.options)
+            out = call(subject, inputs(subject.card, case.sizes, dtype), **case.options)
             demand(out.dtype is dtype, f"{case.what}: {dtype} came in, {out.dtype} came out")
             demand(out.device.type == "cpu", f"{case.what}: tensors on the CPU came out on {out.device}")
 
@@ -186,7 +189,7 @@ def dtype_and_device(subject: Subject) -> None:
 def inputs_unwritten(subject: Subject) -> None:
     """No input is written to."""
     for case in cases(subject.card):
-        tensors = inputs(subject.card, torch.float32, **case.sizes)
+        tensors = inputs(subject.card, case.sizes, torch.float32)
         before = [t.clone() for t in tensors]
         call(subject, tensors, **case.options)
         for (name, _), old, new in zip(parse(subject.card.spec).inputs, before, tensors, strict=True):
@@ -197,7 +200,7 @@ def inputs_unwritten(subject: Subject) -> None:
 def deterministic(subject: Subject) -> None:
     """Two calls give the same bits, whatever the random numbers in between."""
     for case in cases(subject.card):
-        tensors = inputs(subject.card, torch.float32, **case.sizes)
+        tensors = inputs(subject.card, case.sizes, torch.float32)
         first = call(subject, tensors, **case.options)
         torch.manual_seed(1)
         demand(torch.equal(first, call(subject, tensors, **case.options)), f"{case.what}: two calls differ")
@@ -207,7 +210,7 @@ def deterministic(subject: Subject) -> None:
 def strided(subject: Subject) -> None:
     """Transposed, sliced and expanded inputs give what contiguous ones give."""
     for case in cases(subject.card):
-        tensors = inputs(subject.card, **case.sizes)
+        tensors = inputs(subject.card, case.sizes)
         expected = call(subject, tensors, **case.options)
         layouts = {
             "transposed": [t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors],
@@ -228,7 +231,7 @@ def size_one(subject: Subject) -> None:
     whole = subject.card.sizes
     for case in cases(subject.card):
         sizes = {**whole, **case.sizes}
-        tensors = inputs(subject.card, **case.sizes)
+        tensors = inputs(subject.card, case.sizes)
         out = call(subject, tensors, **case.options)
         alone = call(subject, [t[:1] for t in tensors], **case.options)
         demand_near(alone, out[:1], SAME[torch.float64], f"{case.what}, one row of the batch")
@@ -241,7 +244,7 @@ def size_one(subject: Subject) -> None:
             small = {**sizes, **dict.fromkeys(together if axis in together else [axis], 1)}
             if axis in ("h", "g"):
                 small |= {"h": 1, "g": 1}
-            out = call(subject, inputs(subject.card, **small), **case.options)
+            out = call(subject, inputs(subject.card, small), **case.options)
             wanted = tuple(small[a] for a in parse(subject.card.spec).outputs[0])
             demand(tuple(out.shape) == wanted, f"{case.what}, {axis}=1: the output is {tuple(out.shape)}, not {wanted}")
             demand(out.isfinite().all(), f"{case.what}, {axis}=1: the output is not finite")
@@ -252,7 +255,7 @@ def grouped_heads(subject: Subject) -> None:
     """Query heads that share a key head get what they get from copies of it, in order."""
     repeats = subject.card.sizes["h"] // subject.card.sizes["g"]
     for case in cases(subject.card):
-        q, *rest = inputs(subject.card, **case.sizes)
+        q, *rest = inputs(subject.card, case.sizes)
         copies = call(subject, [q, *(t.repeat_interleave(repeats, 1) for t in rest)], **case.options)
         out = call(subject, [q, *rest], **case.options)
         demand_near(out, copies, SAME[torch.float64], f"{case.what}, grouped heads, against copies of the key heads")
@@ -262,7 +265,7 @@ def reach(subject: Subject, n: int, m: int, **options: Any) -> tuple[Tensor, Ten
     """Which output depends on which query (n, n), on which key or value (n, m): largest gradients over some draws."""
     queries, keys = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, m, dtype=torch.float64)
     for _ in range(DRAWS):
-        tensors = inputs(subject.card, grad=True, n=n, m=m)
+        tensors = inputs(subject.card, {"n": n, "m": m}, grad=True)
         out = call(subject, tensors, **options)
         for i in range(n):
             grads = torch.autograd.grad(
@@ -330,7 +333,7 @@ def refuses_other_attends(subject: Subject) -> None:
     if "cross" not in claimed:
         tries.append(("a call with more keys than queries", n + 3, {}))
     for what, m, options in tries:
-        tensors = inputs(subject.card, n=n, m=m)
+        tensors = inputs(subject.card, {"n": n, "m": m})
         demand_refused(REFUSED, what, call, subject, tensors, **options)
 
 
@@ -339,12 +342,13 @@ def padding(subject: Subject) -> None:
     """Keys hidden by KeyValid change nothing, on every engine; hiding the end equals cutting it off."""
     card = subject.card
     for case in cases(card):
-        tensors = inputs(card, **case.sizes)
+        tensors = inputs(card, case.sizes)
         batch, m = tensors[1].shape[0], tensors[1].shape[2]
         valid = hidden_keys(batch, m)
         pattern = _with(case.causal, KeyValid().bind(key_valid=valid))
         noise = [t + torch.randn_like(t) * 30 * ~valid[:, None, :, None] for t in tensors[1:]]
-        for name, out in each_engine(subject, lambda e, t=tensors, p=pattern: call(subject, t, pattern=p, engine=e)):
+        run = lambda e: call(subject, tensors, pattern=pattern, engine=e)  # noqa: B023, E731
+        for name, out in each_engine(subject, run):
             again = call(subject, [tensors[0], *noise], pattern=pattern, engine=None if "choice" in name else name)
             demand_near(again, out, SAME[torch.float64], f"{case.what}, {name}: other values at hidden keys")
         kept = m - 3
@@ -362,7 +366,7 @@ def refuses_other_patterns(subject: Subject) -> None:
     """KeyValid and Documents are refused where the card does not claim them."""
     card = subject.card
     for case in cases(card):
-        tensors = inputs(card, **case.sizes)
+        tensors = inputs(card, case.sizes)
         batch, m = tensors[1].shape[0], tensors[1].shape[2]
         unclaimed: dict[str, Bound] = {}
         if not card.padding:
@@ -380,7 +384,7 @@ def documents(subject: Subject) -> None:
     card = subject.card
     causal = "causal_self" in card.attends
     n = card.sizes["n"]
-    tensors = inputs(card, n=n, m=n)
+    tensors = inputs(card, {"n": n, "m": n})
     # documents of different lengths in every row, one of a single token
     starts = [(0, 1, n // 2), (0, n // 3, n - 2)]
     doc = torch.zeros(tensors[0].shape[0], n, dtype=torch.long)
@@ -412,7 +416,7 @@ def _table(tensors: list[Tensor]) -> Tensor:
 def mask_matters(subject: Subject) -> None:
     """A pair hidden by a mask does not meet, every other one does; a mask of the wrong dtype or shape is refused."""
     for case in cases(subject.card):
-        tensors = inputs(subject.card, grad=True, **case.sizes)
+        tensors = inputs(subject.card, case.sizes, grad=True)
         mask = _table(tensors)
         out = call(subject, tensors, mask=mask, **case.options)
         free = call(subject, tensors, **case.options)
@@ -431,7 +435,7 @@ def mask_matters(subject: Subject) -> None:
 def bias_matters(subject: Subject) -> None:
     """A bias is added to the scores with gradient, -inf hides a key, NaN and integers are refused."""
     for case in cases(subject.card):
-        tensors = inputs(subject.card, grad=True, **case.sizes)
+        tensors = inputs(subject.card, case.sizes, grad=True)
         n, m = tensors[0].shape[2], tensors[1].shape[2]
         bias = torch.randn(1, tensors[0].shape[1], n, m, dtype=torch.float64, requires_grad=True)
         out = call(subject, tensors, bias=bias, **case.options)
@@ -454,7 +458,7 @@ def pattern_matters(subject: Subject) -> None:
     """Causal() as a pattern is is_causal=True, a pattern changes the result, and both at once are refused."""
     card = subject.card
     for case in cases(card):
-        tensors = inputs(card, **case.sizes)
+        tensors = inputs(card, case.sizes)
         if case.causal:
             out, named = call(subject, tensors, pattern=Causal()), call(subject, tensors, is_causal=True)
             demand_near(out, named, SAME[torch.float64], "pattern=Causal(), against is_causal=True")
@@ -479,7 +483,7 @@ def pattern_matters(subject: Subject) -> None:
 def scale_matters(subject: Subject) -> None:
     """scale= multiplies the scores: doubling it equals doubling the queries, on every engine."""
     for case in cases(subject.card):
-        q, *rest = inputs(subject.card, **case.sizes)
+        q, *rest = inputs(subject.card, case.sizes)
         expected = call(subject, [2 * q, *rest], scale=0.3, **case.options)
         run = lambda e: call(subject, [q, *rest], scale=0.6, engine=e, **case.options)  # noqa: B023, E731
         for name, out in each_engine(subject, run):
@@ -493,7 +497,7 @@ def scale_matters(subject: Subject) -> None:
 def dropout_matters(subject: Subject) -> None:
     """dropout_p= drops weights, by the seed, and keeps the mean; 0 drops nothing."""
     for case in cases(subject.card):
-        tensors = inputs(subject.card, **case.sizes)
+        tensors = inputs(subject.card, case.sizes)
         plain = call(subject, tensors, **case.options)
         none = call(subject, tensors, dropout_p=0.0, **case.options)
         demand(torch.equal(none, plain), f"{case.what}: dropout_p=0 changes the result")
@@ -504,7 +508,7 @@ def dropout_matters(subject: Subject) -> None:
         demand(distance(draws[0], plain) > CHANGE, f"{case.what}: dropout_p=0.5 changes nothing")
         demand(torch.equal(draws[0], draws[1]), f"{case.what}: the same seed drops other weights")
         demand(not torch.equal(draws[0], draws[2]), f"{case.what}: another seed drops the same weights")
-        mean = sum(call(subject, tensors, dropout_p=0.5, **case.options) for _ in range(400)) / 400
+        mean = torch.stack([call(subject, tensors, dropout_p=0.5, **case.options) for _ in range(400)]).mean(0)
         # the noise of 400 draws is a quarter of this, a missing factor 1 - p twice of it
         demand(distance(mean, plain) < 0.2, f"{case.what}: the mean over many draws is not the result without dropout")
 
@@ -513,7 +517,7 @@ def dropout_matters(subject: Subject) -> None:
 def refuses_unclaimed_options(subject: Subject) -> None:
     """Shared options that the card does not claim are refused, and so is a misspelt one."""
     for case in cases(subject.card):
-        tensors = inputs(subject.card, **case.sizes)
+        tensors = inputs(subject.card, case.sizes)
         n, m = tensors[0].shape[2], tensors[1].shape[2]
         values = {
             "pattern": Causal() if case.causal else KeyValid().bind(key_valid=hidden_keys(tensors[1].shape[0], m)),
@@ -534,7 +538,7 @@ def refuses_unclaimed_options(subject: Subject) -> None:
 def gradient(subject: Subject) -> None:
     """Gradients of q, k and v agree with finite differences in float64."""
     for case in cases(subject.card):
-        tensors = inputs(subject.card, grad=True, **case.sizes)
+        tensors = inputs(subject.card, case.sizes, grad=True)
         options = dict(case.options)
         if subject.card.padding:
             options = {"pattern": _with(case.causal, KeyValid().bind(key_valid=hidden_keys(*tensors[1].shape[:3:2])))}
@@ -554,7 +558,7 @@ def half_precision(subject: Subject) -> None:
     """bfloat16 and float16, forward and backward, are near float32 on the same numbers, for large scores too."""
     for case in cases(subject.card):
         for dtype, tolerance in HALF.items():
-            tensors = inputs(subject.card, dtype, grad=True, spread=2.0, **case.sizes)
+            tensors = inputs(subject.card, case.sizes, dtype, grad=True, spread=2.0)
             exact = [t.detach().float().requires_grad_() for t in tensors]
             out, expected = call(subject, tensors, **case.options), call(subject, exact, **case.options)
             demand_near(out, expected.to(dtype), tolerance, f"{case.what}, {dtype} against float32")
@@ -568,7 +572,7 @@ def half_precision(subject: Subject) -> None:
 def autocast(subject: Subject) -> None:
     """Under autocast, float32 inputs and mixed ones give a result near float32, forward and backward."""
     for case in cases(subject.card):
-        tensors = inputs(subject.card, torch.float32, grad=True, **case.sizes)
+        tensors = inputs(subject.card, case.sizes, torch.float32, grad=True)
         expected = call(subject, tensors, **case.options)
         rounded = [t.detach().to(torch.bfloat16).requires_grad_() for t in tensors[:2]]
         for what, given in (("float32", tensors), ("bfloat16 and float32", [*rounded, *tensors[2:]])):
@@ -584,7 +588,7 @@ def compiles_with(subject: Subject, backend: str) -> None:
     """Raise CheckFailed unless the op, compiled as one graph by a backend, equals itself, forward and backward."""
     card = subject.card
     for case in cases(card):
-        tensors = inputs(card, torch.float32, grad=True, **case.sizes)
+        tensors = inputs(card, case.sizes, torch.float32, grad=True)
         valid = hidden_keys(tensors[1].shape[0], tensors[1].shape[2])
 
         def plain(*given: Tensor, case: Case = case) -> Tensor:
@@ -617,7 +621,7 @@ def engines_agree(subject: Subject) -> None:
     card = subject.card
     for case in cases(card):
         for dtype in (torch.float64, torch.float32):
-            tensors = inputs(card, dtype, grad=True, **case.sizes)
+            tensors = inputs(card, case.sizes, dtype, grad=True)
             variants: dict[str, dict[str, Any]] = {"": case.options}
             if card.padding:
                 valid = hidden_keys(tensors[1].shape[0], tensors[1].shape[2])
@@ -639,7 +643,7 @@ def engines_agree(subject: Subject) -> None:
 def explains_its_engine(subject: Subject) -> None:
     """On tensors without data it says which engine would run, and computes nothing."""
     for case in cases(subject.card):
-        tensors = [t.to("meta") for t in inputs(subject.card, torch.float32, **case.sizes)]
+        tensors = [t.to("meta") for t in inputs(subject.card, case.sizes, torch.float32)]
         with listen() as verdicts:
             out = call(subject, tensors, **case.options)
         demand(out.is_meta, f"{case.what}: tensors without data gave a tensor with data")
@@ -651,7 +655,7 @@ def explains_its_engine(subject: Subject) -> None:
 def refuses_unknown_engine(subject: Subject) -> None:
     """An unknown engine is refused, and the error names a near one or all."""
     for case in cases(subject.card):
-        tensors = inputs(subject.card, **case.sizes)
+        tensors = inputs(subject.card, case.sizes)
         for name in (f"{(*subject.card.engines, 'x')[0]}x", "referense"):
             what = f"engine={name!r}"
             text = demand_refused(OptionError, what, call, subject, tensors, engine=name, **case.options)
@@ -665,7 +669,7 @@ def empty_rows(subject: Subject) -> None:
     card = subject.card
     for case in cases(card):
         for dtype in (torch.float64, torch.float32):
-            tensors = inputs(card, dtype, grad=True, **case.sizes)
+            tensors = inputs(card, case.sizes, dtype, grad=True)
             batch, n, m = tensors[0].shape[0], tensors[0].shape[2], tensors[1].shape[2]
             ways: dict[str, tuple[dict[str, Any], Tensor]] = {}
             if card.padding:
@@ -709,7 +713,7 @@ def second_derivatives(subject: Subject) -> None:
     """Second derivatives equal the reference's or raise, on every engine; they are never silently wrong."""
     for case in cases(subject.card):
         for dtype in (torch.float64, torch.float32):
-            tensors = inputs(subject.card, dtype, grad=True, **case.sizes)
+            tensors = inputs(subject.card, case.sizes, dtype, grad=True)
 
             def twice(engine: str | None, case: Case = case, tensors: list[Tensor] = tensors) -> list[Tensor] | None:
                 out = call(subject, tensors, engine=engine, **case.options)
@@ -718,8 +722,8 @@ def second_derivatives(subject: Subject) -> None:
                     first = gradients(out, tensors, keep=True)
                     if not any(g.requires_grad for g in first):
                         return [torch.zeros_like(t) for t in tensors]
-                    total = sum((g * (t.detach() + 1).cos()).sum() for g, t in zip(first, tensors, strict=True))
-                    grads = torch.autograd.grad(total, tensors, allow_unused=True)
+                    parts = [(g * (t.detach() + 1).cos()).sum() for g, t in zip(first, tensors, strict=True)]
+                    grads = torch.autograd.grad(torch.stack(parts).sum(), tensors, allow_unused=True)
                     return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors, strict=True)]
 
                 return _or_refuses(derive)
@@ -753,7 +757,7 @@ def forward_mode(subject: Subject) -> None:
     """Forward-mode derivatives equal the reference's or raise, on every engine; they are never silently wrong."""
     for case in cases(subject.card):
         for dtype in (torch.float64, torch.float32):
-            tensors = inputs(subject.card, dtype, **case.sizes)
+            tensors = inputs(subject.card, case.sizes, dtype)
 
             def forward(engine: str | None, case: Case = case, tensors: list[Tensor] = tensors) -> list[Tensor] | None:
                 def derive() -> list[Tensor]:
@@ -792,7 +796,7 @@ def forward_mode(subject: Subject) -> None:
 def decodes_from_a_cache(subject: Subject) -> None:
     """Late queries with q_offset over all keys so far equal their rows of the whole, on every engine."""
     n = subject.card.sizes["n"]
-    q, k, v = inputs(subject.card, n=n, m=n)
+    q, k, v = inputs(subject.card, {"n": n, "m": n})
     whole = call(subject, [q, k, v], is_causal=True)
     for start, stop in ((n - 1, n), (n - 4, n - 1), (2, 3), (0, 1)):
         given = [q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]]
@@ -808,7 +812,7 @@ def continues_from_a_state(subject: Subject) -> None:
     card = subject.card
     (name,) = (export for export in card.exports if export.endswith("_step"))
     n = card.sizes["n"]
-    tensors = inputs(card, n=n, m=n)
+    tensors = inputs(card, {"n": n, "m": n})
     whole = call(subject, tensors, is_causal=True)
     options = needed(card, tensors[0].shape[1])
 
@@ -842,7 +846,7 @@ def names_wrong_shapes(subject: Subject) -> None:
     spec = parse(card.spec)
     seen: set[str] = set()
     for position, (name, letters) in enumerate(spec.inputs):
-        tensors = inputs(card, **case.sizes)
+        tensors = inputs(card, case.sizes)
         flat = [*tensors[:position], tensors[position][0], *tensors[position + 1 :]]
         options = {**needed(card, card.sizes["h"]), **case.options}
         text = demand_refused(ShapeError, f"{name} without a batch", subject.main, *flat, **options)
@@ -855,7 +859,7 @@ def names_wrong_shapes(subject: Subject) -> None:
                 text = demand_refused(ShapeError, what, call, subject, wrong, **case.options)
                 demand(f"axis {letter}" in text and name in text, f"{what}: the error does not say so: {text}")
         seen |= set(letters)
-    tensors = inputs(card, **case.sizes)
+    tensors = inputs(card, case.sizes)
     if "g" in card.sizes:
         heads = [torch.cat((tensors[0], tensors[0][:, :1]), 1), *tensors[1:]]
         demand_refused(ShapeError, "heads that do not divide", call, subject, heads, **case.options)

@@ -14,7 +14,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     failed = 0
-    for name in given.names or catalogue():
+    # a slug means all its files, also those that are part of it
+    for name in given.names or [name for name, entry in catalogue().items() if not entry.card.part_of]:
         report = check(name)
         print(report)
         failed += not report.ok

@@ -128,7 +128,7 @@ class Sharpen(Normaliser):
         assert counts is not None
         weights = self.inner(scores, mask, counts)
         n = counts[..., None].to(scores.dtype)
-        above = torch.relu(weights * n - torch.where(n <= self.free_rows, 0.0, self.offset))
+        above = torch.relu(weights * n - self.offset * (n > self.free_rows).to(n.dtype))
         above = _hide(above, mask)
         top = above.detach().amax(-1, keepdim=True)
         # rounding alone lifts a uniform row above its mean by less than this: nothing stands out there
