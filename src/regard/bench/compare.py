@@ -315,6 +315,7 @@ def _trial_line(cell: Cell, key: str, recipe: Recipe, outcome: Outcome) -> dict[
         "engine": "auto",
         "parameters": cell.parameters,
         "length": cell.data.seq_len,
+        "state_bytes": cell.build(0).state_bytes(1, cell.data.seq_len),
         "chance": cell.data.chance,
         **asdict(outcome),
         **_versions(),

@@ -4,12 +4,15 @@ Every line has `kind`, `key` (unique: a measurement is made once), and for kinds
 `system` (slug), `regard`, `torch` (versions) and `hardware` (a short text). The kinds:
 
     run      what was asked for: `settings` (as `regard.bench.compare.Settings`), `data` (text: where it came from),
-             `systems` (slug -> {title, paper, mixer, options, parameters}), `matched` (text: how they were made equal)
+             `systems` (slug -> {title, paper, options, parameters, hidden}), `steps` (task -> training steps), `matched`
+             (text: how they were made equal)
     machine  the machine's limits: cpu, cores, threads, memory_gib, gemm_gflops, copy_gb_s, read_gb_s, allocator, python,
              torch, os
     train    one training run: task, task_version, metric ("bits_per_byte" or "accuracy"), seed, lr, engine, parameters,
-             length, steps, tokens, seconds, value (held-out, final), chance, curve: [[tokens, seconds, held-out value]],
-             stopped ("steps", "time", "solved" or "diverged"), best (whether its lr won on the validation part)
+             length, state_bytes (at that length), steps, tokens, seconds, value (test part, final), validation (final),
+             chance, curve: [[tokens, seconds, validation value]], stopped ("steps", "solved" or "diverged"), best
+             (whether its lr won on the validation part)
+    trial    the same without `best`, written as the run ends; the "train" lines follow when a system's rates are chosen
     speed    one system at one length: length, train_tokens_per_s (only at the training length), prefill_tokens_per_s,
              decode_ms (per token), state_bytes, peak_mib (None where it was not measured), reason (why, then)
 """

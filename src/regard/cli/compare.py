@@ -35,6 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     from regard.bench.compare import Settings, compare, quick
     from regard.bench.report import write_report
+    from regard.bench.results import Results
     from regard.bench.summary import summarise
 
     options: dict[str, Any] = {
@@ -55,12 +56,13 @@ def run(given: argparse.Namespace) -> int:
         settings = quick(settings)
     console = need("rich.console", "bench").Console(stderr=given.json)
     watcher = _Progress(console)
+    page = given.out / "report.html"
     try:
         results = compare(settings, given.out, watcher)
     except KeyboardInterrupt:
-        console.print(f"stopped; the same command goes on from {given.out}", markup=False)
+        write_report(Results(given.out / "results.jsonl").lines, page)
+        console.print(f"stopped; the same command goes on from {given.out}. So far: {page}", markup=False)
         return 130
-    page = given.out / "report.html"
     write_report(results.lines, page)
     summary = summarise(results.lines)
     if given.json:
