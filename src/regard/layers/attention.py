@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regard.contract.errors import OptionError, ShapeError, Unsupported, near
 from regard.layers.caches import KVState
-from regard.patterns import Bound, Causal, Documents, Full, KeyValid, Pattern
+from regard.patterns import Bound, Causal, Documents, Full, KeyValid, Pattern, SlidingWindow
 from regard.primitives.positions import rope
 
 AnyPattern = Pattern | Bound
@@ -177,6 +177,9 @@ class OpAttention(Attention):
         self.crosses = "cross" in card.attends
         # a window that all pairs keep to bounds what the cache must hold
         self.reach = options.get("window")
+        if self.reach is not None:
+            # refuses a window below 1 here, not at the first call
+            SlidingWindow(self.reach)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, pattern: AnyPattern, q_offset: int) -> Tensor:
         return self.op(q, k, v, pattern=pattern, q_offset=q_offset, **self.options)
