@@ -1,7 +1,7 @@
 """Write what is generated from the cards: docs/catalogue.md, the table in the README, the type stub.
 
-    python docs/generate.py            write
-    python docs/generate.py --check    only say what is stale, with exit code 1
+python docs/generate.py            write
+python docs/generate.py --check    only say what is stale, with exit code 1
 """
 
 from __future__ import annotations
@@ -43,7 +43,18 @@ def pages(entries: dict[str, Entry]) -> str:
         if card.paper:
             out += [f"Paper: {card.paper}.", ""]
         out += ["```text", (inspect.getdoc(sys.modules[entry.module]) or "") if entry.load() else "", "```", ""]
-        for field in ("spec", "attends", "accepts", "padding", "documents", "decode", "constant_state", "time", "memory", "engines"):
+        for field in (
+            "spec",
+            "attends",
+            "accepts",
+            "padding",
+            "documents",
+            "decode",
+            "constant_state",
+            "time",
+            "memory",
+            "engines",
+        ):
             value = getattr(card, field, None)
             if value:
                 out.append(f"- {field}: {', '.join(value) if isinstance(value, tuple) else value}")
@@ -84,7 +95,14 @@ def main() -> int:
 def _can(card: Card) -> str:
     words = [word.replace("_", " ") for word in getattr(card, "attends", ())]
     if getattr(card, "decode", False):
-        words.append("decode" + (" in a fixed state" if getattr(card, "decode", "") == "state" or getattr(card, "constant_state", False) else ""))
+        words.append(
+            "decode"
+            + (
+                " in a fixed state"
+                if getattr(card, "decode", "") == "state" or getattr(card, "constant_state", False)
+                else ""
+            )
+        )
     return ", ".join(words)
 
 

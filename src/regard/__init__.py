@@ -12,7 +12,7 @@ from typing import Any
 from regard._doors import DOORS
 from regard._version import __version__
 
-__all__ = ["__version__", *DOORS]  # noqa: PLE0604
+__all__ = ["__version__", *DOORS]
 
 
 def __getattr__(name: str) -> Any:

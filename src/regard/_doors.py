@@ -18,9 +18,7 @@ DOORS: dict[str, str] = {
         ("Causal", "Documents", "Explicit", "Full", "KeyValid", "Pattern", "Prefix", "Sinks", "SlidingWindow"),
         "regard.patterns",
     ),
-    **dict.fromkeys(
-        ("Softmax", "Sigmoid", "L1", "ReLUOverN", "Linear", "Sharpen"), "regard.primitives.normalisers"
-    ),
+    **dict.fromkeys(("Softmax", "Sigmoid", "L1", "ReLUOverN", "Linear", "Sharpen"), "regard.primitives.normalisers"),
     "merge": "regard.primitives.merge",
     **dict.fromkeys(
         ("RegardError", "ShapeError", "OptionError", "Unsupported", "MissingExtra", "UnknownName"),

@@ -33,7 +33,7 @@ CARD = OpCard(
 def test_the_card_in_the_text_is_the_card_of_the_module(name):
     entry = catalogue()[name]
     entry.load()
-    assert sys.modules[entry.module].CARD == read_card(entry.path)
+    assert read_card(entry.path) == sys.modules[entry.module].CARD
 
 
 @pytest.mark.parametrize("name", catalogue())

@@ -207,7 +207,9 @@ def test_a_full_disk_loses_nothing_that_was_there(tmp_path, monkeypatch):
 
 
 def test_the_plan_is_every_causal_mixer_unless_systems_are_named():
-    assert {"softmax", "sliding_window", "linear", "sigmoid", "lightning", "based", "aaren", "sqa"} <= set(plan(Settings()))
+    assert {"softmax", "sliding_window", "linear", "sigmoid", "lightning", "based", "aaren", "sqa"} <= set(
+        plan(Settings())
+    )
     assert plan(Settings(systems=("based", "softmax", "based"))) == ("based", "softmax")
     with pytest.raises(UnknownName, match="did you mean 'softmax'"):
         plan(Settings(systems=("softmx",)))

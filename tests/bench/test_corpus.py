@@ -35,7 +35,9 @@ def test_files_stay_whole_and_rows_repeat_with_their_seed(folder):
     corpus = read_corpus([folder], seq_len=64)
     rows, again = corpus.build("train", 16, 5), corpus.build("train", 16, 5)
     assert torch.equal(rows.inputs, again.inputs)
-    assert torch.equal(rows.inputs[:, 1:][rows.targets[:, :-1] != IGNORED], rows.targets[:, :-1][rows.targets[:, :-1] != IGNORED])
+    assert torch.equal(
+        rows.inputs[:, 1:][rows.targets[:, :-1] != IGNORED], rows.targets[:, :-1][rows.targets[:, :-1] != IGNORED]
+    )
     assert not torch.equal(rows.inputs, corpus.build("validation", 16, 5).inputs)
     # the mark between files is never asked for
     assert not (rows.targets == 256).any()

@@ -11,7 +11,9 @@ from regard.models.sequence.shell import SequenceModel, SequenceSettings
 def model(mixer, vocab=256, **options):
     torch.manual_seed(0)
     return SequenceModel(
-        SequenceSettings(vocab=vocab, dim=64, depth=2, heads=4, mixer=("short_conv", mixer), options={mixer: options}, hidden=0)
+        SequenceSettings(
+            vocab=vocab, dim=64, depth=2, heads=4, mixer=("short_conv", mixer), options={mixer: options}, hidden=0
+        )
     )
 
 

@@ -11,7 +11,9 @@ from regard.models.sequence.shell import SequenceModel, SequenceSettings
 @pytest.mark.slow
 def test_sigmoid_bias_on_text(tmp_path, record):
     corpus = read_corpus(seq_len=512)
-    figures = {"task": "bytes of the Python standard library, length 512, width 64, 2 layers, 4 heads, 600 steps of 8 rows"}
+    figures = {
+        "task": "bytes of the Python standard library, length 512, width 64, 2 layers, 4 heads, 600 steps of 8 rows"
+    }
     settings = {
         "softmax": ("softmax", {"qk_norm": True}),
         "sigmoid, b = -ln n": ("sigmoid", {"length": 512}),

@@ -76,7 +76,9 @@ def test_new_writes_a_file_that_the_battery_accepts(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place, text", [("ops/softmax", "taken"), ("op/x", "cannot start"), ("ops/Bad-Name", "not a slug")])
+@pytest.mark.parametrize(
+    "place, text", [("ops/softmax", "taken"), ("op/x", "cannot start"), ("ops/Bad-Name", "not a slug")]
+)
 def test_new_refuses_what_would_not_be_found(capsys, place, text):
     assert main(["new", place]) == 2
     assert text in capsys.readouterr().err

@@ -222,9 +222,7 @@ def _within_budget(cells: list[Cell], settings: Settings) -> list[Cell]:
     return [replace(cell, steps=steps[cell.task]) for cell in cells]
 
 
-def _run_line(
-    settings: Settings, systems: tuple[str, ...], cells: list[Cell], corpus: Corpus | None
-) -> dict[str, Any]:
+def _run_line(settings: Settings, systems: tuple[str, ...], cells: list[Cell], corpus: Corpus | None) -> dict[str, Any]:
     first = {cell.system: cell for cell in reversed(cells)}
     described = {}
     for system in systems:
@@ -271,7 +269,9 @@ def _train(cell: Cell, settings: Settings, results: Results, out: Path, watcher:
     trials = [(lr, 0) for lr in cell.lrs]
     for lr, seed in trials:
         _trial(cell, lr, seed, results, out, watcher)
-    found = {t["lr"]: t for t in results.of("trial") if (t["task"], t["system"], t["seed"]) == (cell.task, cell.system, 0)}
+    found = {
+        t["lr"]: t for t in results.of("trial") if (t["task"], t["system"], t["seed"]) == (cell.task, cell.system, 0)
+    }
     sign = 1 if cell.task == "text" else -1
     best = min(found.values(), key=lambda t: math.inf if t["validation"] is None else sign * t["validation"])["lr"]
     for seed in range(1, settings.seeds):
@@ -337,7 +337,13 @@ def _time(cell: Cell, settings: Settings, results: Results, watcher: Watcher) ->
             line.update(measure_decoding(model, n, cell.model.vocab))
             watcher.advance(place, f"{n} tokens")
             results.add(
-                {"kind": "speed", "key": f"speed/{cell.system}/{n}", "system": cell.system, "engine": "auto", "length": n}
+                {
+                    "kind": "speed",
+                    "key": f"speed/{cell.system}/{n}",
+                    "system": cell.system,
+                    "engine": "auto",
+                    "length": n,
+                }
                 | line
                 | _versions()
             )

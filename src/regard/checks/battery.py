@@ -96,8 +96,7 @@ class Report:
 
 
 def verifies(kind: str, when: Callable[[Any], bool] = lambda card: True) -> Callable[[Run], Check]:
-    """Make a function a check of a kind of card ("op", "mixer", "model", "task"). when: the claim that switches it on.
-    """
+    """Make a function a check of a kind of card ("op", "mixer", "model", "task"). when: the claim that switches it on."""
 
     def make(run: Run) -> Check:
         return Check(run.__name__, kind, (run.__doc__ or "").strip(), when, run)

@@ -544,7 +544,7 @@ def gradient(subject: Subject) -> None:
             options = {"pattern": _with(case.causal, KeyValid().bind(key_valid=hidden_keys(*tensors[1].shape[:3:2])))}
         try:
             torch.autograd.gradcheck(
-                lambda *t: call(subject, list(t), **options), tensors, fast_mode=True, atol=1e-6  # noqa: B023
+                lambda *t, given=options: call(subject, list(t), **given), tensors, fast_mode=True, atol=1e-6
             )
         except RuntimeError as error:
             raise CheckFailed(f"{case.what}: {str(error).strip().splitlines()[0]}") from error
@@ -808,11 +808,11 @@ def decodes_from_a_cache(subject: Subject) -> None:
 
 @verifies("op", lambda card: card.decode == "state")
 def continues_from_a_state(subject: Subject) -> None:
-    """The sibling _step in pieces, on every engine, equals the whole; an old state stays as it was."""
+    """The sibling _step in pieces, on every engine, equals the whole, with gradients; old states stay as they were."""
     card = subject.card
     (name,) = (export for export in card.exports if export.endswith("_step"))
     n = card.sizes["n"]
-    tensors = inputs(card, {"n": n, "m": n})
+    tensors = inputs(card, {"n": n, "m": n}, grad=True)
     whole = call(subject, tensors, is_causal=True)
     options = needed(card, tensors[0].shape[1])
 
@@ -836,6 +836,8 @@ def continues_from_a_state(subject: Subject) -> None:
             continue
         what = f"{engine_name or 'the automatic choice'}: pieces, against the whole"
         demand_near(out, whole, SAME[torch.float64], what)
+        for letter, got, want in zip("qkv", gradients(out, tensors), gradients(whole, tensors), strict=True):
+            demand_near(got, want, GRADIENT[torch.float64], f"{what}, gradient of {letter}")
 
 
 @verifies("op")

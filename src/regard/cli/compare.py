@@ -15,7 +15,9 @@ from regard.contract.optional import need
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="files or folders of text (default: Python's own library)")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="files or folders of text (default: Python's own library)"
+    )
     parser.add_argument("--task", help="text or recall (default: both)")
     parser.add_argument("--systems", help="names with commas (default: every causal mixer)")
     parser.add_argument("--length", type=int, help="tokens a training row (512)")
@@ -78,7 +80,16 @@ def _print(summary: Any, console: Any) -> None:
     """The answers, then one row a system, at the longest length that was timed."""
     longest = max(summary.lengths, default=0)
     table = need("rich.table", "bench").Table(title="rough figures (--quick)" if summary.rough else None)
-    headers = ("system", "parameters", "bits per byte", "recall", "train tokens/s", "prefill tokens/s", "decode ms", "state bytes")
+    headers = (
+        "system",
+        "parameters",
+        "bits per byte",
+        "recall",
+        "train tokens/s",
+        "prefill tokens/s",
+        "decode ms",
+        "state bytes",
+    )
     for place, header in enumerate(headers):
         table.add_column(header, justify="right" if place else "left", no_wrap=not place)
     for row in summary.rows:

@@ -44,4 +44,10 @@ def _wanted(entry: Entry, given: argparse.Namespace) -> bool:
 
 
 def _as_json(entry: Entry) -> dict[str, Any]:
-    return {"name": entry.name, "kind": entry.card.kind, "room": entry.room, "module": entry.module, **asdict(entry.card)}
+    return {
+        "name": entry.name,
+        "kind": entry.card.kind,
+        "room": entry.room,
+        "module": entry.module,
+        **asdict(entry.card),
+    }

@@ -117,7 +117,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(given: argparse.Namespace) -> int:
     room, _, slug = given.place.rpartition("/")
     if room not in _KINDS:
-        raise OptionError(f"cannot start a file in {room or given.place!r}{near(room, _KINDS)}; give {' or '.join(_KINDS)}/SLUG")
+        raise OptionError(
+            f"cannot start a file in {room or given.place!r}{near(room, _KINDS)}; give {' or '.join(_KINDS)}/SLUG"
+        )
     if not slug.isidentifier() or slug != slug.lower():
         raise OptionError(f"{slug!r} is not a slug: lower-case letters, digits and _, such as my_attention")
     if any(slug == entry.card.slug for entry in catalogue().values()):

@@ -25,7 +25,12 @@ def run(given: argparse.Namespace) -> int:
     if card.paper:
         print(f"paper: {card.paper}")
     for field, value in asdict(card).items():
-        if field not in ("slug", "title", "paper", "exports", "part_of", "example") and value not in ("", (), {}, False):
+        if field not in ("slug", "title", "paper", "exports", "part_of", "example") and value not in (
+            "",
+            (),
+            {},
+            False,
+        ):
             print(f"{field}: {', '.join(map(str, value)) if isinstance(value, tuple) else value}")
     parts = [e.name for e in catalogue().values() if e.card.part_of == card.slug and not card.part_of]
     if parts:

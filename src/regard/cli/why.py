@@ -21,7 +21,9 @@ def run(given: argparse.Namespace) -> int:
     for word in (w for w in given.rest if w not in tensors):
         name, equals, value = word.partition("=")
         if not equals:
-            raise OptionError(f"cannot read {word!r}; write tensors as q=2,8,4096,64:bf16 and options as is_causal=True")
+            raise OptionError(
+                f"cannot read {word!r}; write tensors as q=2,8,4096,64:bf16 and options as is_causal=True"
+            )
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):

@@ -59,7 +59,9 @@ def choose(implementations: Sequence[Implementation], requested: str | None, cal
     candidates = [i for i in implementations if matches(i.name, requested)]
     if not candidates:
         names = [i.name for i in implementations]
-        raise OptionError(f"no engine {requested!r} runs this{near(requested or '', names)}; there are {', '.join(names)}")
+        raise OptionError(
+            f"no engine {requested!r} runs this{near(requested or '', names)}; there are {', '.join(names)}"
+        )
     verdicts = [(i, i.cannot(call)) for i in candidates]
     chosen = next((i for i, reasons in verdicts if not reasons), None)
     for listener in _listeners:

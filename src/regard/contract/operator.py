@@ -49,7 +49,9 @@ def operator(card: OpCard) -> Callable[[Callable[P, R]], Operator[P, R]]:
 
     def wrap(body: Callable[P, R]) -> Operator[P, R]:
         def call(*args: Any, **options: Any) -> R:
-            tensors = args if len(args) == count else args + tuple(options.pop(n) for n in names[len(args) :] if n in options)
+            tensors = (
+                args if len(args) == count else args + tuple(options.pop(n) for n in names[len(args) :] if n in options)
+            )
             if len(tensors) != count:
                 raise TypeError(f"{card.slug} takes the tensors {', '.join(names)}; {len(tensors)} were given")
             sizes = bind(spec, tensors, card.slug)

@@ -6,7 +6,7 @@ Letters: b batch, h query heads, g key heads, n queries, m keys, d key width, e 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from regard.contract.errors import OptionError, ShapeError
@@ -34,7 +34,7 @@ class Spec:
     outputs: tuple[tuple[str, ...], ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(spec: str) -> Spec:
     """Read a spec line. Raises OptionError if it is malformed."""
     left, arrow, right = spec.partition("->")
@@ -86,10 +86,19 @@ def check_types(tensors: tuple[Tensor, ...], names: tuple[str, ...], system: str
             import torch
 
             if first.is_meta or not torch.is_autocast_enabled(first.device.type):
-                raise ShapeError(f"{system}: {name} is {tensor.dtype} but {names[0]} is {first.dtype}; cast one of them")
+                raise ShapeError(
+                    f"{system}: {name} is {tensor.dtype} but {names[0]} is {first.dtype}; cast one of them"
+                )
 
 
-_DTYPES = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16", "fp64": "float64"}
+_DTYPES = {
+    "fp32": "float32",
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "f16": "float16",
+    "fp64": "float64",
+}
 
 
 def read_tensors(text: str, spec: Spec) -> tuple[Any, ...]:

@@ -170,9 +170,7 @@ def _run_sdpa(call: Call) -> Attended:
         table = call.bias.to(q.dtype)
         if pairs is not None:
             table = torch.where(pairs, table, float("-inf"))
-    out = F.scaled_dot_product_attention(
-        q, k, v, table, call.dropout_p, causal, scale=call.scale, enable_gqa=grouped
-    )
+    out = F.scaled_dot_product_attention(q, k, v, table, call.dropout_p, causal, scale=call.scale, enable_gqa=grouped)
     if table is not None and (table.dtype != torch.bool or table.device.type != "cpu"):
         # rows without keys: torch promises nothing about them outside bool masks on the CPU
         some = (table if table.dtype == torch.bool else ~torch.isneginf(table)).any(-1, keepdim=True)
@@ -288,4 +286,3 @@ IMPLEMENTATIONS = (
     Implementation("dense:sdpa", _not_fused, _run_sdpa),
     Implementation("dense:reference", _not_explicit, _run_explicit),
 )
-

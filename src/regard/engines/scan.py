@@ -140,7 +140,9 @@ def chunk_states(k: Tensor, v: Tensor, c: Tensor | None, last: Tensor | None = N
     return k.transpose(-1, -2) @ v
 
 
-def prefix_states(added: Tensor, total: Tensor | None, s0: Tensor | None, alive: Tensor | None) -> tuple[Tensor, Tensor]:
+def prefix_states(
+    added: Tensor, total: Tensor | None, s0: Tensor | None, alive: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The state before each chunk, and after the last: added (B, G, T, D, E) over T chunks -> (same, (B, G, D, E)).
 
     total: log-decay of each chunk (B, G, T), or None. s0: initial state (B, G, D, E), or None.
@@ -163,7 +165,9 @@ def prefix_states(added: Tensor, total: Tensor | None, s0: Tensor | None, alive:
     return states[:, :, :-1], states[:, :, -1]
 
 
-def chunk_outputs(q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, s: Tensor, own: Tensor, carried: Tensor | None) -> Tensor:
+def chunk_outputs(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, s: Tensor, own: Tensor, carried: Tensor | None
+) -> Tensor:
     """The outputs of each chunk: own keys by their table, earlier ones through the state s (B, G, T, D, E).
 
     q (B, G, R, T, C, D) with R query heads a key head; k, v (B, G, T, C, ·). own: bool (…, C, C), pairs that may meet.
@@ -180,9 +184,7 @@ def chunk_outputs(q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, s: Tensor, 
     return table @ v[:, :, None] + reach @ s[:, :, None]
 
 
-def as_scan(
-    pattern: Pattern | Bound | None, is_causal: bool, system: str
-) -> tuple[bool, Tensor | None, Tensor | None]:
+def as_scan(pattern: Pattern | Bound | None, is_causal: bool, system: str) -> tuple[bool, Tensor | None, Tensor | None]:
     """(is_causal, key_valid, reset) of a pattern that is an intersection of Causal, KeyValid and Documents.
 
     Raises Unsupported for any other pattern: a state cannot tell pairs apart.
@@ -236,7 +238,9 @@ def _log_decay(g: Tensor | None, batch: int, heads: int, n: int, kind: torch.dty
     if g is None:
         return None
     if tuple(g.shape) not in ((heads,), (batch, heads, n)):
-        raise ShapeError(f"log_decay is {tuple(g.shape)}; it must be (H,) = {(heads,)} or (B, H, N) = {(batch, heads, n)}")
+        raise ShapeError(
+            f"log_decay is {tuple(g.shape)}; it must be (H,) = {(heads,)} or (B, H, N) = {(batch, heads, n)}"
+        )
     g = g.to(kind).clamp(min=LEAST_LOG_DECAY)
     return g[None, :, None].expand(batch, heads, n) if g.dim() == 1 else g
 
@@ -389,7 +393,11 @@ def softmax_scan(
         scores = scores.to(kind)
         if key_valid is not None:
             scores = scores.masked_fill(~key_valid[:, None], _NOTHING)
-        before = torch.full_like(scores[..., :1], _NOTHING) if initial_state is None else initial_state.lse[..., None].to(kind)
+        before = (
+            torch.full_like(scores[..., :1], _NOTHING)
+            if initial_state is None
+            else initial_state.lse[..., None].to(kind)
+        )
         lse = _prefix_log_sum_exp(torch.cat((before, scores), -1), reset)
         weight = (scores - lse[..., 1:]).exp()
         if key_valid is not None:

@@ -100,7 +100,9 @@ class Attention(nn.Module):
             q, k = self._rotate(q, k, 0)
         return self._merge_heads(self.attend(q, k, v, pattern=pattern, q_offset=0))
 
-    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> KVState:
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> KVState:
         """The state before the first token."""
         weight = self.to_k.weight
         empty = torch.empty(
@@ -162,13 +164,17 @@ class OpAttention(Attention):
     def __init__(self, dim: int, heads: int, *, op: Any, **options: Any):
         card = op.card
         if card.decode != "kv":
-            raise Unsupported(f"{card.slug} does not decode from keys and values, so the attention layer cannot wrap it")
+            raise Unsupported(
+                f"{card.slug} does not decode from keys and values, so the attention layer cannot wrap it"
+            )
         layer = {**card.mixer, **{o: options.pop(o) for o in _parameters(Attention.__init__) if o in options}}
         own = [o for o in _parameters(op) if o not in _LAYER_GIVES]
         for option in options:
             if option not in own:
                 known = [*own, *_parameters(Attention.__init__)]
-                raise OptionError(f"{card.slug} has no option {option!r}{near(option, known)}; it has {', '.join(known)}")
+                raise OptionError(
+                    f"{card.slug} has no option {option!r}{near(option, known)}; it has {', '.join(known)}"
+                )
         missing = [o for o in card.options if o not in options]
         if missing:
             raise OptionError(f"{card.slug} needs {', '.join(f'{o}=' for o in missing)}")
@@ -202,7 +208,9 @@ def check_tokens(
         raise ShapeError(f"{system}: tokens are {tuple(x.shape)}; they must be (B, N, C) with C = {dim}")
     if context is not None:
         if context.dim() != 3 or context.shape[0] != x.shape[0]:
-            raise ShapeError(f"{system}: context is {tuple(context.shape)}; it must be (B, M, C') with B = {x.shape[0]}")
+            raise ShapeError(
+                f"{system}: context is {tuple(context.shape)}; it must be (B, M, C') with B = {x.shape[0]}"
+            )
         if reset is not None:
             raise OptionError(f"{system}: reset separates documents of the tokens themselves, not of a context")
         if is_causal:

@@ -35,9 +35,13 @@ class CausalConv1d(nn.Module):
             out = out + shifted * same[..., None] * self.conv.weight[:, 0, -1 - back]
         return out if self.conv.bias is None else out + self.conv.bias
 
-    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> ConvState:
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> ConvState:
         weight = self.conv.weight
-        tail = torch.zeros(batch, self.kernel - 1, weight.shape[0], dtype=dtype or weight.dtype, device=device or weight.device)
+        tail = torch.zeros(
+            batch, self.kernel - 1, weight.shape[0], dtype=dtype or weight.dtype, device=device or weight.device
+        )
         return ConvState(tail)
 
     def prefill(self, x: Tensor, state: ConvState) -> tuple[Tensor, ConvState]:

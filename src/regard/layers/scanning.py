@@ -34,7 +34,14 @@ class ScanMixer(nn.Module):
         self.to_out = nn.Linear(heads * self.value_dim, dim, bias=False)
 
     def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, *, state: ScanState | None, key_valid: Tensor | None, reset: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        state: ScanState | None,
+        key_valid: Tensor | None,
+        reset: Tensor | None,
     ) -> tuple[Tensor, ScanState]:
         """q, k (B, H, N, feature_dim), v (B, H, N, value_dim) -> (out (B, H, N, value_dim), state)."""
         raise NotImplementedError
@@ -60,7 +67,9 @@ class ScanMixer(nn.Module):
         check_tokens(type(self).__name__, self.dim, x, None, padding, reset, is_causal)
         return self._run(x, None, padding, reset)[0]
 
-    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> ScanState:
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> ScanState:
         """The state before the first token; float32 (float64 for a float64 layer), whatever dtype is asked for."""
         weight = self.to_k.weight
         kind = torch.promote_types(dtype or weight.dtype, torch.float32)
@@ -85,9 +94,7 @@ class ScanMixer(nn.Module):
         return batch * self.heads * self.feature_size * width * kind.itemsize
 
     def _run(self, x: Tensor, state: Any, padding: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Any]:
-        q, k, v = (
-            to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v)
-        )
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
         out, state = self.scan(q, k, v, state=state, key_valid=padding, reset=reset)
         return self.read_out(out.transpose(1, 2).flatten(2), x), state
 

@@ -44,7 +44,14 @@ def attend(
     A row that may attend to nothing gives exactly 0, with gradient 0.
     Raises ShapeError, OptionError, Unsupported.
     """
-    if pattern is None and bias is None and normaliser is None and engine is None and attn_mask is None and not q_offset:
+    if (
+        pattern is None
+        and bias is None
+        and normaliser is None
+        and engine is None
+        and attn_mask is None
+        and not q_offset
+    ):
         if query.dim() == 4 and query.shape[1] != key.shape[1]:
             bind(_SPEC, (query, key, value), "attend")
             enable_gqa = True

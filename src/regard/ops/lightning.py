@@ -58,7 +58,9 @@ def lightning_attention(
     intersection of Causal(), KeyValid() and Documents(). Raises OptionError for a decay outside (0, 1]; Unsupported.
     """
     is_causal, key_valid, reset = as_scan(pattern, is_causal, "lightning")
-    return lightning_attention_step(q, k, v, decay=decay, key_valid=key_valid, reset=reset, scale=scale, engine=engine)[0]
+    return lightning_attention_step(q, k, v, decay=decay, key_valid=key_valid, reset=reset, scale=scale, engine=engine)[
+        0
+    ]
 
 
 def lightning_attention_step(
@@ -94,13 +96,17 @@ def lightning_decay(heads: int, layer: int, layers: int, *, decay: Literal["alib
         return torch.exp(-alibi_slopes(heads) * share)
     if decay != "paper":
         raise OptionError(f"decay is {decay!r}; it is 'alibi' or 'paper'")
-    return torch.exp(-8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads * (1 - layer / layers))
+    return torch.exp(
+        -8.0 * torch.arange(1, heads + 1, dtype=torch.float64, device="cpu") / heads * (1 - layer / layers)
+    )
 
 
 def _log_decay(decay: Tensor | tuple[float, ...], q: Tensor) -> Tensor:
     if isinstance(decay, Tensor):
         if decay.shape != (q.shape[1],):
-            raise ShapeError(f"decay is {tuple(decay.shape)}; it must have one factor for each of {q.shape[1]} query heads")
+            raise ShapeError(
+                f"decay is {tuple(decay.shape)}; it must have one factor for each of {q.shape[1]} query heads"
+            )
         if not torch.compiler.is_compiling() and not decay.is_meta and not bool(((decay > 0) & (decay <= 1)).all()):
             raise OptionError("decay must be in (0, 1]")
         return decay.log()

@@ -1,6 +1,6 @@
 """Linear attention with the feature map elu + 1, the baseline with a state of fixed size.
 
-    out_i = phi(q_i) sum_j phi(k_j) v_j' / (phi(q_i) . sum_j phi(k_j)),      phi(x) = elu(x) + 1
+out_i = phi(q_i) sum_j phi(k_j) v_j' / (phi(q_i) . sum_j phi(k_j)),      phi(x) = elu(x) + 1
 """
 
 from __future__ import annotations
@@ -49,7 +49,15 @@ def linear_attention(
     """
     is_causal, key_valid, reset = as_scan(pattern, is_causal, "linear")
     return linear_scan(
-        elu1(q), elu1(k), v, divide_by="sum", eps=eps, is_causal=is_causal, key_valid=key_valid, reset=reset, engine=engine
+        elu1(q),
+        elu1(k),
+        v,
+        divide_by="sum",
+        eps=eps,
+        is_causal=is_causal,
+        key_valid=key_valid,
+        reset=reset,
+        engine=engine,
     )[0]
 
 
@@ -66,5 +74,13 @@ def linear_attention_step(
 ) -> tuple[Tensor, ScanState]:
     """Continue causal `linear_attention` by any N >= 1 steps from a state (None: from the start): (out, new state)."""
     return linear_scan(
-        elu1(q), elu1(k), v, divide_by="sum", eps=eps, key_valid=key_valid, reset=reset, initial_state=state, engine=engine
+        elu1(q),
+        elu1(k),
+        v,
+        divide_by="sum",
+        eps=eps,
+        key_valid=key_valid,
+        reset=reset,
+        initial_state=state,
+        engine=engine,
     )

@@ -1,6 +1,6 @@
 """Sliding-window attention, the baseline with a fixed reach.
 
-    out_i = softmax over j in (i - window, i] of scale q_i.k_j, applied to v_j
+out_i = softmax over j in (i - window, i] of scale q_i.k_j, applied to v_j
 """
 
 from __future__ import annotations

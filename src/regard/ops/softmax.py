@@ -1,6 +1,6 @@
 """Softmax attention, the baseline that everything is compared with.
 
-    out = softmax(scale q k' + bias) v
+out = softmax(scale q k' + bias) v
 """
 
 from __future__ import annotations

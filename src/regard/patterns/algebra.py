@@ -203,7 +203,9 @@ class Bound:
                 known = ", ".join(self.pattern.needs) or "none"
                 raise OptionError(f"the pattern {self.pattern} takes no data {name!r}; it takes: {known}")
             if name in self.data and self.data[name] is not tensor:
-                raise OptionError(f"the data {name!r} of {self.pattern} is bound already; give one of them another label")
+                raise OptionError(
+                    f"the data {name!r} of {self.pattern} is bound already; give one of them another label"
+                )
         return Bound(self.pattern, {**self.data, **tensors})
 
     def dense(self, n: int, m: int, *, q_offset: int = 0, device: torch.device | str | None = None) -> Tensor:
@@ -252,7 +254,9 @@ def _check_data(name: str, tensor: Tensor, n: int, m: int, q_offset: int, reads_
             raise ShapeError(f"the pattern data {name!r} has {m} positions, but there is a query at {q_offset + n - 1}")
         return
     if tensor.dim() != 4:
-        raise ShapeError(f"the pattern data {name!r} has shape {tuple(tensor.shape)}; it must be (B, M) or (B, H, N, M)")
+        raise ShapeError(
+            f"the pattern data {name!r} has shape {tuple(tensor.shape)}; it must be (B, M) or (B, H, N, M)"
+        )
     if tensor.dtype != torch.bool:
         raise ShapeError(f"the mask {name!r} is {tensor.dtype}; it must be bool, True = may attend")
     if tensor.shape[2] < q_offset + n or tensor.shape[3] < m:

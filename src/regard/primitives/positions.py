@@ -12,7 +12,12 @@ from regard.contract.errors import OptionError
 
 
 def rope(
-    x: Tensor, positions: Tensor, *, dims: int | None = None, base: float = 1e4, layout: Literal["half", "interleaved"] = "half"
+    x: Tensor,
+    positions: Tensor,
+    *,
+    dims: int | None = None,
+    base: float = 1e4,
+    layout: Literal["half", "interleaved"] = "half",
 ) -> Tensor:
     """Rotate the first `dims` channels of x (..., N, D) by angles position * base^(-2c/dims).
 

@@ -120,16 +120,22 @@ def _read(paths: list[Path], most_bytes: int, *, by_default: bool) -> tuple[list
                 name = path.name if root.is_file() else path.relative_to(root).as_posix()
                 texts.append((name, text))
                 total += len(data)
-    where = "the source text of the Python standard library on this machine" if by_default else ", ".join(map(str, paths))
+    where = (
+        "the source text of the Python standard library on this machine" if by_default else ", ".join(map(str, paths))
+    )
     if not texts:
-        raise OptionError(f"there is no text in {where}" + (f": {binary} files are binary" if binary else ": all is empty"))
+        raise OptionError(
+            f"there is no text in {where}" + (f": {binary} files are binary" if binary else ": all is empty")
+        )
     skipped = f", {binary} binary files left out" if binary else ""
     return texts, f"{where} ({len(texts)} files, {total / 1e6:.1f} MB{skipped})"
 
 
 def _files(root: Path, *, only_python: bool) -> Iterable[Path]:
     for path in root.rglob("*.py" if only_python else "*"):
-        hidden = any(part.startswith(".") or part in ("site-packages", "__pycache__") for part in path.relative_to(root).parts)
+        hidden = any(
+            part.startswith(".") or part in ("site-packages", "__pycache__") for part in path.relative_to(root).parts
+        )
         if path.is_file() and not hidden:
             yield path
 

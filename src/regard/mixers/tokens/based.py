@@ -50,6 +50,13 @@ class TaylorLinearAttention(ScanMixer):
         super().__init__(dim, heads, feature_dim=feature_dim, value_dim=head_dim, feature_size=size, divided=True)
 
     def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, *, state: ScanState | None, key_valid: Tensor | None, reset: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        state: ScanState | None,
+        key_valid: Tensor | None,
+        reset: Tensor | None,
     ) -> tuple[Tensor, ScanState]:
         return taylor_linear_attention_step(q, k, v, state=state, key_valid=key_valid, reset=reset)

@@ -48,7 +48,14 @@ class LightningAttention(ScanMixer):
         self.norm = nn.RMSNorm(heads * self.value_dim, elementwise_affine=False)
 
     def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, *, state: ScanState | None, key_valid: Tensor | None, reset: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        state: ScanState | None,
+        key_valid: Tensor | None,
+        reset: Tensor | None,
     ) -> tuple[Tensor, ScanState]:
         return lightning_attention_step(
             F.silu(q), F.silu(k), v, decay=self.decay, state=state, key_valid=key_valid, reset=reset

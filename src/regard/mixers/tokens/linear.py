@@ -37,6 +37,13 @@ class LinearAttention(ScanMixer):
         super().__init__(dim, heads, feature_dim=width, value_dim=head_dim, feature_size=width, divided=True)
 
     def scan(
-        self, q: Tensor, k: Tensor, v: Tensor, *, state: ScanState | None, key_valid: Tensor | None, reset: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        state: ScanState | None,
+        key_valid: Tensor | None,
+        reset: Tensor | None,
     ) -> tuple[Tensor, ScanState]:
         return linear_attention_step(q, k, v, state=state, key_valid=key_valid, reset=reset)

@@ -1,6 +1,6 @@
 """Gated short convolution, the local layer that recall benchmarks set before a mixer (BaseConv of Zoology).
 
-    y = (x W + b) * conv(x),      a depthwise causal convolution of a few tokens
+y = (x W + b) * conv(x),      a depthwise causal convolution of a few tokens
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class GatedShortConv(nn.Module):
         check_tokens("GatedShortConv", self.dim, x, None, padding, reset, is_causal)
         return self.down(self.gate(x) * self.conv(self._inner(x, padding), reset=reset))
 
-    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> ConvState:
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> ConvState:
         """The state before the first token: zeros."""
         return self.conv.init_state(batch, dtype=dtype, device=device)
 

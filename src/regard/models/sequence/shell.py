@@ -80,7 +80,9 @@ class SequenceModel(nn.Module):
     def __init__(self, settings: SequenceSettings):
         super().__init__()
         if settings.vocab < 1 or settings.depth < 1:
-            raise OptionError(f"a model needs a vocabulary and a layer; got {settings.vocab} tokens, {settings.depth} layers")
+            raise OptionError(
+                f"a model needs a vocabulary and a layer; got {settings.vocab} tokens, {settings.depth} layers"
+            )
         self.settings = settings
         self.embed = nn.Embedding(settings.vocab, settings.dim)
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.depth))
@@ -101,7 +103,9 @@ class SequenceModel(nn.Module):
             x = block(x, padding=padding, reset=reset, is_causal=self.settings.is_causal)
         return self.norm(x)
 
-    def init_state(self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> StackState:
+    def init_state(
+        self, batch: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> StackState:
         """The state before the first token."""
         if not self.settings.is_causal:
             raise OptionError("an encoder reads the whole sequence at once and keeps no state")
@@ -112,7 +116,7 @@ class SequenceModel(nn.Module):
         x = self._embed(ids, state.seen)
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = block.prefill(x, layer, padding=padding)  # type: ignore[operator]  # noqa: PLW2901
+            x, layer = block.prefill(x, layer, padding=padding)  # type: ignore[operator]
             layers.append(layer)
         return self.head(self.norm(x)), StackState(tuple(layers), state.seen + ids.shape[1])
 
@@ -121,7 +125,7 @@ class SequenceModel(nn.Module):
         x = self._embed(ids, state.seen)
         layers = []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, layer = block.step(x, layer)  # type: ignore[operator]  # noqa: PLW2901
+            x, layer = block.step(x, layer)  # type: ignore[operator]
             layers.append(layer)
         return self.head(self.norm(x)), StackState(tuple(layers), state.seen + 1)
 
