@@ -142,7 +142,7 @@ class Classifier(nn.Module):
 
 
 @pytest.mark.slow
-def test_digits_are_read_row_by_row_as_well_as_by_a_transformer():
+def test_aaren_reads_digits_row_by_row_as_well_as_a_transformer(record):
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -165,5 +165,6 @@ def test_digits_are_read_row_by_row_as_well_as_by_a_transformer():
             with torch.no_grad():
                 right.append((model(images[test]).argmax(-1) == labels[test]).float().mean().item())
         scores[slug] = sum(right) / len(right)
+    record({"task": "digits row by row, width 48, 2 layers, 40 epochs, mean accuracy of seeds 0 and 1", **scores})
     assert scores["softmax"] > 0.9
     assert scores["aaren"] > scores["softmax"] - 0.03, scores
