@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from regard._version import __version__
 from regard.bench.machine import hardware
 from regard.bench.results import write_atomically
 
+# the choice of an engine must not hang on how busy the machine is
+os.environ["REGARD_CALIBRATION"] = "off"
 # two processes share two cores; and one thread gives the same numbers on every machine with as many cores
 torch.set_num_threads(1)
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from regard.patterns.layout import BlockLayout
+
 
 def normal(*shapes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -95,3 +97,49 @@ def scan(
         torch.stack(states).view(batch, heads, d, -1),
         torch.stack(sums).view(batch, heads, d),
     )
+
+
+def block_layout(mask: Tensor, q_offset: int = 0, block: int = 64) -> BlockLayout:
+    """The layout of a bool mask (B', H', N, M), tile by tile and bit by bit; no tile is shared."""
+    batch, heads, n, m = mask.shape
+    rows, columns = -(-n // block), -(-m // block)
+    words = -(-block // 64)
+    padded = torch.zeros(batch, heads, rows * block, columns * block, dtype=torch.bool)
+    padded[:, :, :n, :m] = mask
+    bits: list[Tensor] = []
+    lists: dict[str, list[list[int]]] = {"crow": [], "col": [], "tile": [], "crow_t": [], "row_t": [], "tile_t": []}
+    for b in range(batch):
+        for h in range(heads):
+            marks = torch.full((rows, columns), -1, dtype=torch.int64)
+            for r in range(rows):
+                for c in range(columns):
+                    valid = mask[b, h, r * block : (r + 1) * block, c * block : (c + 1) * block]
+                    if valid.all():
+                        marks[r, c] = 0
+                    elif valid.any():
+                        bits.append(padded[b, h, r * block : (r + 1) * block, c * block : (c + 1) * block])
+                        marks[r, c] = len(bits)
+            for table, suffix in ((marks, ""), (marks.T, "_t")):
+                seen = table >= 0
+                lists["crow" + suffix].append([0, *seen.sum(1).cumsum(0).tolist()])
+                lists[("col" if not suffix else "row") + suffix].append(seen.nonzero()[:, 1].tolist())
+                lists["tile" + suffix].append(table[seen].tolist())
+    longest = max([len(x) for x in lists["col"]], default=0)
+    tensors = {
+        name: torch.tensor(
+            [x if name.startswith("crow") else x + [-1] * (longest - len(x)) for x in many], dtype=torch.int32
+        ).view(batch, heads, -1 if many and (longest or name.startswith("crow")) else 0)
+        for name, many in lists.items()
+    }
+    tiles = torch.stack(bits) if bits else torch.zeros(0, block, block, dtype=torch.bool)
+    return BlockLayout(
+        block, block, n, m, q_offset, bits=_words(tiles, words), bits_t=_words(tiles.transpose(1, 2), words), **tensors
+    )
+
+
+def _words(tiles: Tensor, words: int) -> Tensor:
+    """Bool (T, rows, columns) as int64 (T, rows, words), bit j of word w = column 64 w + j."""
+    padded = torch.zeros(*tiles.shape[:2], words * 64, dtype=torch.int64)
+    padded[..., : tiles.shape[2]] = tiles
+    # the sum wraps at bit 63, which is what a sign bit is
+    return (padded.view(*tiles.shape[:2], words, 64) << torch.arange(64)).sum(-1)

@@ -8,6 +8,7 @@ DOORS: dict[str, str] = {
     "op": "regard.contract.names",
     "mixer": "regard.contract.names",
     "model": "regard.contract.names",
+    "build": "regard.contract.names",
     "task": "regard.contract.names",
     "why": "regard.contract.dispatch",
     "check": "regard.checks.battery",
@@ -15,7 +16,12 @@ DOORS: dict[str, str] = {
     "collect_losses": "regard.contract.collect",
     "add_loss": "regard.contract.collect",
     **dict.fromkeys(
-        ("Causal", "Documents", "Explicit", "Full", "KeyValid", "Pattern", "Prefix", "Sinks", "SlidingWindow"),
+        (
+            "Axial", "Band", "BlockCausal", "BlockGrid", "BlockLayout", "BlockLocal", "BlockSelection", "Blocks",
+            "Causal", "DilatedWindow", "Documents", "Empty", "Explicit", "Full", "Geometry", "GridWindow", "Halo",
+            "KeyValid", "Neighborhood", "Pattern", "PerHead", "Permuted", "Prefix", "SinkBand", "Sinks",
+            "SlidingWindow", "Strided", "StridedBlocks", "TilePermutation", "TokenSelection", "Window", "tile_cost",
+        ),
         "regard.patterns",
     ),
     **dict.fromkeys(("Softmax", "Sigmoid", "L1", "ReLUOverN", "Linear", "Sharpen"), "regard.primitives.normalisers"),
@@ -24,4 +30,4 @@ DOORS: dict[str, str] = {
         ("RegardError", "ShapeError", "OptionError", "Unsupported", "MissingExtra", "UnknownName"),
         "regard.contract.errors",
     ),
-}
+}  # fmt: skip

@@ -69,10 +69,12 @@ class Tree:
         self.folder = folder
 
     def run(self, *arguments: str) -> str:
+        # -S: an editable install would put the package itself in front of the copy
+        path = os.pathsep.join((str(self.folder / "src"), *(p for p in sys.path if p.endswith("site-packages"))))
         done = subprocess.run(
-            [sys.executable, *arguments],
+            [sys.executable, "-S", *arguments],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": str(self.folder / "src")},
+            env={**os.environ, "PYTHONPATH": path},
             capture_output=True,
             text=True,
             check=False,

@@ -28,7 +28,10 @@ def mean_only():
 
 def run(made, task, steps, tmp_path, lr=1e-2):
     recipe = Recipe(steps, 64, lr, 0, "accuracy", "recall", 256, 1000, early_stop=True)
-    outcome = train(made, task, recipe, checkpoint=tmp_path / "none")
+    # a file of its own: a run goes on from a checkpoint that fits
+    checkpoint = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+    outcome = train(made, task, recipe, checkpoint=checkpoint)
+    assert checkpoint.exists()
     return {"accuracy": outcome.value, "steps": outcome.steps, "seconds": outcome.seconds}
 
 

@@ -57,7 +57,7 @@ def test_a_wrong_name_gets_near_ones(capsys):
 def test_why_names_the_engine_that_runs_and_reasons_for_the_others(capsys):
     assert main(["why", "softmax", "--", "q=2,8,4096,64:bf16"]) == 0
     out = capsys.readouterr().out
-    assert "→ dense:sdpa" in out and "dense:banded" in out and "not Causal() & SlidingWindow" in out
+    assert "→ dense:sdpa" in out and "block_sparse:flex" in out and "FlexAttention is for CUDA" in out
     assert main(["why", "sigmoid", "--", "q=2,8,64,64", "length=64"]) == 0
     assert "not Softmax" in capsys.readouterr().out
     assert main(["why", "softmax", "--", "q=2,8"]) == 2

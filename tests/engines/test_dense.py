@@ -21,9 +21,11 @@ from regard import (
     Unsupported,
 )
 from regard.engines.dense import dense
+from regard.primitives.biases import Indexed
 from tests.oracles import attention, coin, normal
 
 ENGINES = ["dense:sdpa", "dense:reference"]
+INDEX = torch.arange(9, dtype=torch.int32)
 PATTERNS = {
     "all": None,
     "causal": Causal(),
@@ -215,17 +217,6 @@ def test_row_normalisers_do_not_add():
     assert not torch.allclose(sum(parts), dense(q, k, v).out)
 
 
-@pytest.mark.parametrize("n, window", [(9, 2), (8, 2), (17, 4), (50, 7), (33, 16), (9, 1)])
-@pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2)])
-def test_the_banded_way_is_the_window_also_where_blocks_are_ragged(n, window, heads, groups):
-    q, k, v = (x.requires_grad_() for x in qkv(n, n, heads, groups))
-    pattern = Causal() & SlidingWindow(window)
-    out = dense(q, k, v, pattern, engine="dense:banded").out
-    want = dense(q, k, v, pattern, engine="reference").out
-    torch.testing.assert_close(out, want)
-    same_gradients(out, want, (q, k, v))
-
-
 def test_a_score_mod_sees_absolute_positions():
     q, k, v = qkv(3, 9)
     out = dense(
@@ -245,11 +236,10 @@ def test_second_derivatives_exist(normaliser):
     )
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_dropout_keeps_the_expectation_and_depends_on_the_seed(engine):
+def test_dropout_keeps_the_expectation_and_depends_on_the_seed():
     q, k, v = qkv(9, 64)
     torch.manual_seed(0)
-    outs = [dense(q, k, v, dropout_p=0.3, engine=engine).out for _ in range(600)]
+    outs = [dense(q, k, v, dropout_p=0.3).out for _ in range(600)]
     assert not torch.equal(outs[0], outs[1])
     torch.testing.assert_close(sum(outs) / 600, dense(q, k, v).out, atol=0.06, rtol=0)
 
@@ -288,10 +278,93 @@ def test_autocast_does_not_lower_the_accumulation():
         ({"engine": "flash"}, OptionError, "no engine 'flash'"),
         ({"engine": "dense:sdpa", "return_lse": True}, Unsupported, "log-sum-exp is asked for"),
         ({"engine": "dense:sdpa", "normaliser": Linear()}, Unsupported, "Linear, not Softmax"),
-        ({"engine": "dense:banded"}, Unsupported, "the pattern is not"),
+        ({"engine": "dense:sdpa", "dropout_p": 0.1}, Unsupported, "torch drops other weights"),
+        ({"dropout_p": 1.0}, OptionError, r"in \[0, 1\), not 1.0"),
+        ({"q_offset": -1}, OptionError, "at least 0, not -1"),
+        ({"sinks": torch.zeros(4)}, ShapeError, "must broadcast to"),
+        ({"sinks": torch.zeros(1, 4, 1), "normaliser": Sigmoid()}, Unsupported, "Sigmoid has no place for it"),
+        ({"sinks": torch.zeros(1, 4, 1, dtype=torch.int64)}, ShapeError, "a floating dtype"),
+        ({"extra_k": torch.zeros(2, 2, 3, 8)}, OptionError, "give both"),
+        ({"extra_k": torch.zeros(2, 2, 3, 8), "extra_v": torch.zeros(2, 2, 4, 6)}, ShapeError, "extra_v is"),
+        ({"indexed": [Indexed(torch.zeros(1, 3, 1, 17), INDEX, INDEX)]}, ShapeError, "its first axes must be 1 or"),
+        ({"indexed": [Indexed(torch.zeros(1, 4, 1, 17), INDEX[1:], INDEX)]}, ShapeError, "key_index has 8 places"),
+        ({"indexed": [Indexed(torch.zeros(1, 4, 1, 9), INDEX, INDEX)]}, OptionError, "outside its table of 9"),
         ({"return_lse": True, "normaliser": Sigmoid()}, Unsupported, "Sigmoid has no log-sum-exp"),
     ],
 )
 def test_bad_calls_are_refused_with_the_reason(options, error, text):
     with pytest.raises(error, match=text):
         dense(*qkv(), **options)
+
+
+def test_sinks_and_extra_keys_stand_in_the_same_softmax():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    sinks, more_k, more_v = (x.requires_grad_() for x in normal((1, 4, 1), (2, 2, 3, 8), (2, 2, 3, 6), seed=4))
+    seen = Causal(strict=True).dense(9, 9)
+    got = dense(
+        q, k, v, Causal(strict=True), sinks=sinks, extra_k=more_k, extra_v=more_v, return_lse=True, return_weights=True
+    )
+    # a sink is a key with score `sink` and value 0: k = 0, bias = sink
+    zeros = torch.zeros(2, 2, 1, 1, dtype=torch.float64)
+    all_k, all_v = (torch.cat((a, b, zeros.expand(2, 2, 1, a.shape[3])), 2) for a, b in ((k, more_k), (v, more_v)))
+    bias = torch.cat((torch.zeros(2, 4, 9, 12, dtype=torch.float64), sinks.expand(2, 4, 9)[..., None]), -1)
+    allowed = torch.cat((seen.expand(2, 4, 9, 9), torch.ones(2, 4, 9, 4, dtype=torch.bool)), -1)
+    want, lse = attention(q, all_k, all_v, allowed=allowed, bias=bias)
+    torch.testing.assert_close(got.out, want)
+    torch.testing.assert_close(got.lse, lse)
+    assert got.weights.shape == (2, 4, 9, 9)
+    same_gradients(got.out, want, (q, k, v, sinks, more_k, more_v))
+
+
+def test_a_row_with_nothing_but_a_sink_is_zero_and_its_log_sum_exp_is_the_sink():
+    q, k, v = qkv()
+    sinks = torch.tensor([0.5, -1.0, float("-inf"), 2.0], dtype=torch.float64).view(1, 4, 1).requires_grad_()
+    got = dense(q, k, v, Causal(strict=True), sinks=sinks, return_lse=True)
+    assert (got.out[:, :, 0] == 0).all()
+    torch.testing.assert_close(got.lse[0, :, 0], sinks[0, :, 0])
+    without = dense(q[:, 2:3], k[:, 1:], v[:, 1:], Causal(strict=True), return_lse=True)
+    torch.testing.assert_close(got.out[:, 2:3], without.out)
+    (grad,) = torch.autograd.grad(got.out.sum(), sinks)
+    assert grad.isfinite().all() and grad[0, 2, 0] == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 1), (2, 1, 9), (2, 4, 9)])
+def test_an_indexed_bias_is_the_bias_it_stands_for(shape):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    table = normal((*shape, 12), seed=5)[0].requires_grad_()
+    key, query = torch.arange(9, dtype=torch.int32) % 5, torch.arange(9, dtype=torch.int32) // 3 - 5
+    bias = torch.stack([table[..., min(i, shape[2] - 1), :][..., (key - query[i]).long()] for i in range(9)], -2)
+    got = dense(q, k, v, Causal(), indexed=[Indexed(table, key, query)]).out
+    want = dense(q, k, v, Causal(), bias=bias).out
+    torch.testing.assert_close(got, want)
+    same_gradients(got, want, (q, k, v, table))
+
+
+def test_an_indexed_bias_is_not_read_for_hidden_pairs():
+    q, k, v = qkv()
+    table = normal((1, 4, 1, 9), seed=5)[0]
+    got = dense(q, k, v, Causal(), indexed=[Indexed(table, -INDEX, -INDEX)]).out
+    bias = table[..., (INDEX[:, None] - INDEX[None]).clamp(min=0).long()][:, :, 0]
+    torch.testing.assert_close(got, dense(q, k, v, Causal(), bias=bias).out)
+
+
+@pytest.mark.parametrize(
+    "table, key, text",
+    [
+        (torch.zeros(4, 1, 9), INDEX, r"must be floating \(B\|1, H\|1, N\|1, R\)"),
+        (torch.zeros(1, 4, 1, 9, dtype=torch.int64), INDEX, "must be floating"),
+        (torch.zeros(1, 4, 1, 9), INDEX.double(), "a row of integers"),
+        (torch.zeros(1, 4, 1, 9), INDEX[None], "a row of integers"),
+    ],
+)
+def test_a_malformed_indexed_bias_is_refused(table, key, text):
+    with pytest.raises(ShapeError, match=text):
+        Indexed(table, key, INDEX)
+
+
+def test_one_seed_drops_the_same_weights_and_extra_keys_others():
+    q, k, v = qkv()
+    same = [dense(q, k, v, dropout_p=0.5, seed=s).out for s in (3, 3, 4)]
+    assert torch.equal(same[0], same[1]) and not torch.equal(same[0], same[2])
+    late = dense(q[:, :, 5:], k, v, dropout_p=0.5, seed=3, q_offset=5).out
+    torch.testing.assert_close(late, same[0][:, :, 5:])

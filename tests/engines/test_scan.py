@@ -6,18 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-import regard.engines.scan as scan_engine
+import regard.engines.scan_chunks
 from regard import Causal, Documents, KeyValid, OptionError, ShapeError, SlidingWindow, Unsupported, merge
-from regard.engines.scan import (
-    ScanState,
-    SoftmaxState,
-    as_scan,
-    chunk_outputs,
-    chunk_states,
-    linear_scan,
-    prefix_states,
-    softmax_scan,
-)
+from regard.engines.scan import ScanState, SoftmaxState, as_scan, linear_scan, softmax_scan
+from regard.engines.scan_chunks import chunk_outputs, chunk_states, prefix_states
 from tests.oracles import coin, normal, scan
 
 DECAYS = ["none", "head", "step"]
@@ -228,7 +220,8 @@ def test_nothing_of_an_earlier_document_leaks_not_even_huge_values():
 
 
 def test_long_sequences_pass_from_span_to_span(monkeypatch):
-    monkeypatch.setattr(scan_engine, "SPAN", 8)
+    monkeypatch.setattr(regard.engines.scan_chunks, "SPAN", 8)
+    monkeypatch.setattr(regard.engines.scan_chunks, "POSITIONS", 8)
     q, k, v = positive(*qkv(30, 4, 2))
     g = decay("step", 2, 4, 30)
     valid, reset = coin(2, 30), coin(2, 30, p=0.1, seed=3)
@@ -252,6 +245,166 @@ def test_shared_key_heads_equal_repeated_ones(kind):
     # without a decay of its own a query head shares the state of its key head
     assert state.s.shape[1] == (2 if kind == "none" else 6)
     torch.testing.assert_close(state.s.repeat_interleave(6 // state.s.shape[1], 1), repeated.s)
+
+
+def by_channel(q, k, v, g, *, scale=1.0, key_valid=None, reset=None, s0=None):
+    """(out, state) of a scan whose decay g (B, H, N, D) differs by key channel."""
+    s = torch.zeros(*k.shape[:2], k.shape[3], v.shape[3], dtype=k.dtype) if s0 is None else s0
+    outs = []
+    for t in range(q.shape[2]):
+        if reset is not None:
+            s = torch.where(reset[:, t, None, None, None], torch.zeros_like(s), s)
+        valid = True if key_valid is None else key_valid[:, t, None, None, None]
+        new = g[:, :, t, :, None].exp() * s + k[:, :, t, :, None] * v[:, :, t, None]
+        s = torch.where(torch.as_tensor(valid), new, s)
+        outs.append(scale * torch.einsum("bhd,bhde->bhe", q[:, :, t], s))
+    return torch.stack(outs, 2), s
+
+
+@pytest.mark.parametrize("engine", ["scan:torch", "scan:reference"])
+@pytest.mark.parametrize("n, chunk", [(1, 1), (7, 3), (40, 16), (70, 64), (33, 20)])
+def test_a_decay_by_key_channel_equals_the_recurrence(engine, n, chunk):
+    q, k, v = qkv(n)
+    g = -3 * torch.rand(2, 2, n, 3, dtype=torch.float64)
+    valid, reset, (s0,) = coin(2, n), coin(2, n, p=0.1, seed=3), normal((2, 2, 3, 4), seed=5)
+    for options in ({}, {"key_valid": valid, "reset": reset}):
+        out, state = linear_scan(
+            q, k, v, g, scale=0.5, chunk_size=chunk, initial_state=ScanState(s0), engine=engine, **options
+        )
+        want, s = by_channel(q, k, v, g, scale=0.5, s0=s0, **options)
+        torch.testing.assert_close(out, want)
+        torch.testing.assert_close(state.s, s)
+
+
+def test_a_decay_by_key_channel_never_overflows():
+    q, k, v = (x.float().requires_grad_() for x in qkv(130))
+    g = torch.full((2, 2, 130, 3), -90.0, requires_grad=True)
+    out, _ = linear_scan(q, k, v, g)
+    torch.testing.assert_close(out, (q * k).sum(-1, keepdim=True) * v)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (q, k, v, g)))
+
+
+def test_equal_channels_are_one_decay_a_step():
+    q, k, v = qkv(70)
+    g = decay("step", 2, 2, 70)
+    torch.testing.assert_close(linear_scan(q, k, v, g[..., None].expand(2, 2, 70, 3))[0], linear_scan(q, k, v, g)[0])
+
+
+def everything(kind, n, *, dtype=torch.float64, wide=3):
+    """q, k, v, initial state, decay where there is one."""
+    (s0,) = normal((2, 2, wide, 4), seed=5)
+    g = decay(kind, 2, 2, n) if kind != "channel" else -2 * torch.rand(2, 2, n, wide, dtype=torch.float64)
+    return [x.to(dtype) for x in (*qkv(n, d=wide), s0, *(() if g is None else (g,)))]
+
+
+def with_state(engine=None, **options):
+    def run(q, k, v, s0, g=None):
+        out, state = linear_scan(q, k, v, g, initial_state=ScanState(s0), engine=engine, **options)
+        return out, state.s
+
+    return run
+
+
+@pytest.mark.parametrize("kind", [*DECAYS, "channel"])
+@pytest.mark.parametrize("chunk", [1, 5, 20, 64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_all_derivatives_of_the_torch_way_equal_those_of_the_reference(kind, chunk, masked):
+    n = 37
+    inputs = [x.requires_grad_() for x in everything(kind, n)]
+    options = {"key_valid": coin(2, n), "reset": coin(2, n, p=0.1, seed=3)} if masked else {}
+    directions = normal(*(tuple(x.shape) for x in inputs), seed=9)
+    found = []
+    for engine in ("scan:torch", "scan:reference"):
+        run = with_state(engine, chunk_size=chunk, **options)
+        out, s = run(*inputs)
+        first = torch.autograd.grad((out, s), inputs, (out.detach().cos(), s.detach().sin()), create_graph=True)
+        along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+        second = torch.autograd.grad(along, inputs)
+        _, forward = torch.func.jvp(run, tuple(x.detach() for x in inputs), tuple(directions))
+        found.append([*first, *second, *forward])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", [*DECAYS, "channel"])
+def test_it_maps_over_a_further_axis_and_over_gradients(kind):
+    inputs = [x.requires_grad_() for x in everything(kind, 21)]
+    run = with_state(chunk_size=8)
+    stacked = [torch.stack((x, 0.5 * x)).detach() for x in inputs]
+    mapped = torch.func.vmap(run)(*stacked)
+    for i in range(2):
+        torch.testing.assert_close(tuple(x[i] for x in mapped), run(*(x[i] for x in stacked)))
+
+    def loss(*given):
+        return run(*given)[0].cos().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss))(*stacked)
+    torch.testing.assert_close(each[0], torch.autograd.grad(loss(*inputs), inputs)[0].detach())
+    out = run(*inputs)[0]
+    rows = torch.eye(out[0, 0].numel(), dtype=out.dtype).view(-1, *out[0, 0].shape)
+    jacobian = torch.autograd.grad(out[0, 0], inputs[0], rows, is_grads_batched=True, retain_graph=True)[0]
+    torch.testing.assert_close(jacobian[-1], torch.autograd.grad(out[0, 0, -1, -1], inputs[0])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_it_compiles_as_one_graph(dtype):
+    inputs = [x.requires_grad_() for x in everything("step", 12, dtype=dtype)]
+    run = with_state(chunk_size=8, reset=coin(2, 12, p=0.1, seed=3))
+    got, want = torch.compile(run, fullgraph=True, backend="aot_eager")(*inputs), run(*inputs)
+    torch.testing.assert_close(got, want)
+    found, expected = (torch.autograd.grad(x[0].cos().sum() + x[1].sum(), inputs) for x in (got, want))
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_tensor_may_stand_for_all_under_compilation():
+    (x,) = normal((1, 2, 20, 4))
+    got = torch.compile(lambda x: linear_scan(x, x, x)[0], fullgraph=True, backend="aot_eager")(x.requires_grad_())
+    torch.testing.assert_close(got, linear_scan(x, x, x)[0])
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_scan_may_be_cut_anywhere_whatever_the_options(seed):
+    dice = random.Random(seed)
+    n, chunk, heads = dice.randint(2, 150), dice.choice([1, 3, 16, 64]), dice.choice([2, 4])
+    kind, dtype = dice.choice(DECAYS), dice.choice([torch.float64, torch.float32])
+    q, k, v = (x.to(dtype) for x in positive(*qkv(n, heads, 2, seed=seed)))
+    g = decay(kind, 2, heads, n)
+    g = None if g is None else g.to(dtype)
+    options = {"divide_by": dice.choice(["none", "sum", "abs1"]), "chunk_size": chunk}
+    valid = coin(2, n, p=0.8, seed=seed) if dice.random() < 0.5 else None
+    reset = coin(2, n, p=0.05, seed=seed + 1) if dice.random() < 0.5 else None
+
+    def run(a, b, state=None):
+        masks = {
+            "key_valid": None if valid is None else valid[:, a:b],
+            "reset": None if reset is None else reset[:, a:b],
+        }
+        piece = g[:, :, a:b] if kind == "step" else g
+        return linear_scan(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], piece, initial_state=state, **masks, **options)
+
+    want, end = run(0, n)
+    state, outs = None, []
+    cuts = sorted({0, n, *(dice.randint(1, n - 1) for _ in range(3))})
+    for a, b in pairwise(cuts):
+        out, state = run(a, b, state)
+        outs.append(out)
+    near = {} if dtype is torch.float64 else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(torch.cat(outs, 2), want, **near)
+    torch.testing.assert_close(state.s, end.s, **near)
+    assert state.seen == n
+
+
+def test_the_decay_of_an_earlier_document_gets_no_gradient_and_no_noise():
+    q, k, v = qkv(40)
+    g = decay("step", 2, 2, 40).requires_grad_()
+    reset = torch.zeros(2, 40, dtype=torch.bool)
+    reset[:, [9, 25]] = True
+    out, _ = linear_scan(q, k, v, g, reset=reset, chunk_size=8)
+    gradient = torch.autograd.grad(out[:, :, 9:25].sum(), g)[0]
+    assert (gradient[:, :, [9, 25]] == 0).all()
+    assert (gradient[:, :, 25:] == 0).all()
+    assert (gradient[:, :, :9] == 0).all()
+    assert (gradient[:, :, 10:24] != 0).any()
 
 
 @pytest.mark.parametrize("rate", [-90.0, -1e4, float("-inf")])

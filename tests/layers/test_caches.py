@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regard import attend
-from regard.layers.caches import KVState
+from regard.layers.caches import KVState, PerHeadState, ShardState
 from tests.oracles import coin, normal
 
 
@@ -127,3 +127,31 @@ def test_a_state_made_in_inference_mode_goes_on_outside_of_it():
         state = empty().append(*tokens(3, 0), None)
     longer = state.append(*tokens(1, 1), None)
     assert torch.equal(longer.k, torch.cat((tokens(3, 0)[0], tokens(1, 1)[0]), 2))
+
+
+def test_heads_keep_slots_of_their_own_and_empty_ones_are_marked():
+    k, v, marks = normal((2, 2, 4, 3), (2, 2, 4, 5), (2, 2, 4))
+    empty = PerHeadState(k[:, :, :0], v[:, :, :0], torch.empty(2, 2, 0, dtype=torch.int32), marks[..., :0])
+    valid = torch.tensor([[True] * 4, [False] + [True] * 3])
+    state = empty.append(k[:, :, :2], v[:, :, :2], valid[:, :2], marks[..., :2]).append(
+        k[:, :, 2:], v[:, :, 2:], None, marks[..., 2:]
+    )
+    assert state.positions.tolist() == [[[0, 1, 2, 3]] * 2, [[-1, 1, 2, 3]] * 2]
+    kept = state.keep(torch.tensor([[[0, 3], [1, 2]], [[-1, 2], [1, 3]]]))
+    assert kept.positions.tolist() == [[[0, 3], [1, 2]], [[-1, 2], [1, 3]]]
+    assert torch.equal(kept.keys[0, 0], k[0, 0, [0, 3]]) and torch.equal(kept.values[1, 1], v[1, 1, [1, 3]])
+    assert kept.marks[1, 0, 0] == -1 and kept.marks[1, 0, 1] == marks[1, 0, 2]
+    assert kept.seen == 4 and empty.keys.shape[2] == 0
+    assert torch.equal(kept.select(torch.tensor([1, 1])).keys, kept.keys[[1, 1]])
+
+
+def test_heads_keep_different_numbers_of_keys():
+    k, v = normal((2, 2, 4, 3), (2, 2, 4, 5))
+    state = ShardState((k[:, 0, :0],) * 2, (v[:, 0, :0],) * 2).append(k, v)
+    masks = [torch.tensor([True, False, True, True]), torch.tensor([False, False, False, True])]
+    kept = state.keep(masks)
+    for g, mask in enumerate(masks):
+        assert torch.equal(kept.keys[g], k[:, g, mask]) and torch.equal(kept.values[g], v[:, g, mask])
+        assert torch.equal(kept.select(torch.tensor([1])).keys[g], k[1:, g, mask])
+    assert kept.size_bytes == 2 * (3 + 1) * (3 + 5) * 8 and kept.seen == 4
+    assert state.keys[0].shape[1] == 4

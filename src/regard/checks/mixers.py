@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regard.checks.battery import CheckFailed, Subject, demand, demand_near, demand_refused, verifies
 from regard.checks.ops import BACKEND, gradients, hidden_keys, worst
 from regard.checks.tolerances import GRADIENT, HALF_LAYER, SAME
+from regard.contract.collect import collect_losses
 from regard.contract.errors import OptionError, ShapeError, Unsupported
 from regard.contract.names import wrap
 from regard.primitives.state import State
@@ -21,7 +22,10 @@ STATEFUL = ("init_state", "prefill", "step", "state_bytes")
 
 
 def build(subject: Subject, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
-    """A new module by the card's example. Weights are moved off their start, where some are 0; always the same ones."""
+    """A new module by the card's example, in evaluation mode: in training, statistics may move and dropout acts.
+
+    Weights are moved off their start, where some are 0; always the same ones.
+    """
     sizes = subject.card.sizes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -34,13 +38,14 @@ def build(subject: Subject, dtype: torch.dtype = torch.float64, **options: Any) 
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter += 0.2 * torch.randn_like(parameter)
-    return module.to(dtype)
+    return module.to(dtype).eval()
 
 
 def tokens(card: Any, n: int | None = None, *, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
-    """Random tokens (b, n, c) by the card's example."""
+    """Random tokens by the card's example: (b, n, c), or a grid (b, y, x, c) where it has a y. n: another length."""
     sizes = card.sizes
-    shape = (sizes["b"], sizes["n"] if n is None else n, sizes["c"])
+    axes = (sizes["y"], sizes["x"]) if "y" in sizes else (sizes["n"] if n is None else n,)
+    shape = (sizes["b"], *axes, sizes["c"])
     return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
 
@@ -52,6 +57,11 @@ def modes(card: Any) -> list[tuple[str, dict[str, Any]]]:
     if "causal_self" in card.attends:
         found.append(("causal", {"is_causal": True}))
     return found
+
+
+def any_length(card: Any) -> bool:
+    """Whether a mixer takes any number of tokens; one with the option num_tokens= takes that number."""
+    return "num_tokens" not in card.options
 
 
 def reads_context(card: Any) -> bool:
@@ -132,7 +142,7 @@ def same_bits_twice(subject: Subject) -> None:
 
 @verifies("mixer")
 def strided_tokens(subject: Subject) -> None:
-    """Transposed and sliced tokens give what contiguous ones give; one token and one row are enough."""
+    """Transposed and sliced tokens give what contiguous ones give; one row and, if any number will do, one token too."""
     module = build(subject)
     for what, given, options in calls(subject.card):
         expected = module(*given, **options)
@@ -143,6 +153,9 @@ def strided_tokens(subject: Subject) -> None:
             demand_near(module(*views, **options), expected, SAME[torch.float64], f"{what}, {layout} tokens")
         alone = module(*(t[:1] for t in given), **options)
         demand_near(alone, expected[:1], SAME[torch.float64], f"{what}, one row of the batch")
+        # a grid may have a least size
+        if given[0].dim() > 3 or not any_length(subject.card):
+            continue
         one = module(*(t[:, :1] for t in given), **options)
         demand(one.shape == given[0][:, :1].shape, f"{what}: one token gave {tuple(one.shape)}")
         demand(one.isfinite().all(), f"{what}: one token gave a result that is not finite")
@@ -150,7 +163,7 @@ def strided_tokens(subject: Subject) -> None:
 
 @verifies("mixer")
 def gradient_reaches_every_parameter(subject: Subject) -> None:
-    """Called in every way that is claimed, each parameter gets a gradient that is finite and not all 0."""
+    """Called in every way that is claimed, each parameter gets a finite gradient, not all 0, also by auxiliary losses."""
     module = build(subject)
     card = subject.card
     reached: dict[str, float] = {}
@@ -159,9 +172,11 @@ def gradient_reaches_every_parameter(subject: Subject) -> None:
         if card.padding:
             extra["padding"] = hidden_keys(given[-1].shape[0], given[-1].shape[1])
         module.zero_grad()
-        out = module(*given, **options, **extra)
+        with collect_losses() as losses:
+            out = module(*given, **options, **extra)
         demand(out.requires_grad, f"{what}: the output has no gradient at all")
-        (out * torch.randn_like(out)).sum().backward()
+        auxiliary = [loss for found in losses.values() for loss in found]
+        torch.stack([(out * torch.randn_like(out)).sum(), *auxiliary]).sum().backward()
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
                 demand(parameter.grad.isfinite().all(), f"{what}: the gradient of {name} is not finite")
@@ -171,16 +186,19 @@ def gradient_reaches_every_parameter(subject: Subject) -> None:
 
 
 def reach(module: nn.Module, x: Tensor, context: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """Which output depends on which token (n, n), on which token of the context (n, m): largest gradients."""
+    """Which output depends on which token (n, n), on which token of the context (n, m): largest gradients.
+
+    The tokens of a grid are counted row by row.
+    """
     sources = [x.requires_grad_()] + ([context.requires_grad_()] if context is not None else [])
-    out = module(*sources, **options)
-    tables = [torch.zeros(x.shape[1], s.shape[1], dtype=torch.float64) for s in sources]
-    for i in range(x.shape[1]):
+    out = module(*sources, **options).flatten(1, -2)
+    tables = [torch.zeros(out.shape[1], s[0, ..., 0].numel(), dtype=torch.float64) for s in sources]
+    for i in range(out.shape[1]):
         row = out[:, i]
         grads = torch.autograd.grad((row * torch.randn_like(row)).sum(), sources, retain_graph=True, allow_unused=True)
         for table, grad in zip(tables, grads, strict=True):
             if grad is not None:
-                table[i] = grad.abs().amax((0, 2))
+                table[i] = grad.flatten(1, -2).abs().amax((0, 2))
     demand(not any(t.isnan().any() for t in tables), "a gradient is NaN")
     return tables[0], tables[1] if context is not None else None
 
@@ -249,7 +267,7 @@ def padded_tokens(subject: Subject) -> None:
         kept = slice(None) if own else valid
         demand(again.isfinite().all(), f"{what}: a result is not finite")
         demand_near(again[kept], out[kept], SAME[torch.float64], f"{what}: other values at padded tokens")
-        for end, real in (("end", slice(m - 3)), ("start", slice(3, m))):
+        for end, real in (("end", slice(m - 3)), ("start", slice(3, m))) if any_length(card) else ():
             valid = torch.zeros(batch, m, dtype=torch.bool)
             valid[:, real] = True
             out = module(*own, source, padding=valid, **options)

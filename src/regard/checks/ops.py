@@ -69,6 +69,11 @@ def inputs(
     ]
 
 
+def names(card: Any) -> list[str]:
+    """The names of the tensors, in the order of the card's spec."""
+    return [name for name, _ in parse(card.spec).inputs]
+
+
 def call(subject: Subject, tensors: list[Tensor], **options: Any) -> Tensor:
     """The op with the options its card says it needs."""
     return subject.main(*tensors, **{**needed(subject.card, tensors[0].shape[1]), **options})
@@ -146,9 +151,11 @@ def card_is_attached(subject: Subject) -> None:
 def signature(subject: Subject) -> None:
     """Tensors first, options by keyword only, every shared option claimed or absent, no **kwargs."""
     parameters = inspect.signature(subject.main).parameters
-    names = [name for name, _ in parse(subject.card.spec).inputs]
-    demand(list(parameters)[: len(names)] == names, f"the first parameters are not the spec's: {', '.join(names)}")
-    for name, parameter in list(parameters.items())[len(names) :]:
+    tensors = names(subject.card)
+    demand(
+        list(parameters)[: len(tensors)] == tensors, f"the first parameters are not the spec's: {', '.join(tensors)}"
+    )
+    for name, parameter in list(parameters.items())[len(tensors) :]:
         demand(parameter.kind is not parameter.VAR_KEYWORD, f"**{name} would swallow a misspelt option")
         demand(parameter.kind is parameter.KEYWORD_ONLY, f"the option {name} is not keyword-only")
     for option, word in OPTIONS.items():
@@ -227,8 +234,10 @@ def strided(subject: Subject) -> None:
 
 @verifies("op")
 def size_one(subject: Subject) -> None:
-    """Every axis may have size 1; a row of the batch, or a group of heads, is worked on alone."""
+    """Every axis may have size 1, but places of a grid; a row of the batch, or a group of heads, is worked on alone."""
     whole = subject.card.sizes
+    # the option shape= says how many places there are
+    free = [axis for axis in whole if axis not in ("n", "m") or "shape" not in subject.card.options]
     for case in cases(subject.card):
         sizes = {**whole, **case.sizes}
         tensors = inputs(subject.card, case.sizes)
@@ -240,7 +249,7 @@ def size_one(subject: Subject) -> None:
         demand_near(alone, out[:, :per_group], SAME[torch.float64], f"{case.what}, one key head")
         # queries and keys shrink together where they are the same tokens
         together = ["n", "m"] if case.causal or "cross" not in subject.card.attends else []
-        for axis in sizes:
+        for axis in free:
             small = {**sizes, **dict.fromkeys(together if axis in together else [axis], 1)}
             if axis in ("h", "g"):
                 small |= {"h": 1, "g": 1}
@@ -271,9 +280,10 @@ def reach(subject: Subject, n: int, m: int, **options: Any) -> tuple[Tensor, Ten
             grads = torch.autograd.grad(
                 (out[:, :, i] * torch.randn_like(out[:, :, i])).sum(), tensors, retain_graph=True, allow_unused=True
             )
-            for table, grad in zip((queries, keys, keys), grads, strict=True):
+            for table, grad in zip((queries, *[keys] * (len(grads) - 1)), grads, strict=True):
                 if grad is not None:
-                    table[i] = torch.maximum(table[i], grad.abs().amax((0, 1, 3)))
+                    # a number a key has no width
+                    table[i] = torch.maximum(table[i], grad.abs().reshape(*grad.shape[:3], -1).amax((0, 1, 3)))
     demand(not (queries.isnan().any() or keys.isnan().any()), "a gradient is NaN")
     return queries, keys
 
@@ -346,7 +356,8 @@ def padding(subject: Subject) -> None:
         batch, m = tensors[1].shape[0], tensors[1].shape[2]
         valid = hidden_keys(batch, m)
         pattern = _with(case.causal, KeyValid().bind(key_valid=valid))
-        noise = [t + torch.randn_like(t) * 30 * ~valid[:, None, :, None] for t in tensors[1:]]
+        hidden = [~valid.view(batch, 1, m, *[1] * (t.dim() - 3)) for t in tensors[1:]]
+        noise = [t + torch.randn_like(t) * 30 * h for t, h in zip(tensors[1:], hidden, strict=True)]
         run = lambda e: call(subject, tensors, pattern=pattern, engine=e)  # noqa: B023, E731
         for name, out in each_engine(subject, run):
             again = call(subject, [tensors[0], *noise], pattern=pattern, engine=None if "choice" in name else name)
@@ -564,7 +575,7 @@ def half_precision(subject: Subject) -> None:
             demand_near(out, expected.to(dtype), tolerance, f"{case.what}, {dtype} against float32")
             # unit gradients: squares of outputs of this size would leave float16
             found, wanted = gradients(out, tensors), gradients(expected, exact)
-            for name, got, want in zip("qkv", found, wanted, strict=True):
+            for name, got, want in zip(names(subject.card), found, wanted, strict=True):
                 demand_near(got, want, 2 * tolerance, f"{case.what}, {dtype} against float32, gradient of {name}")
 
 
@@ -580,7 +591,7 @@ def autocast(subject: Subject) -> None:
                 out = call(subject, given, **case.options)
             what = f"{case.what}, autocast with {what} inputs"
             demand_near(out, expected.to(out.dtype), 2 * HALF[torch.bfloat16], what)
-            for name, grad in zip("qkv", gradients(out, given), strict=True):
+            for name, grad in zip(names(subject.card), gradients(out, given), strict=True):
                 demand(grad.isfinite().all(), f"{what}: the gradient of {name} is not finite")
 
 
@@ -605,7 +616,9 @@ def compiles_with(subject: Subject, backend: str) -> None:
             raise CheckFailed(f"{case.what}: it does not compile as one graph: {reason}") from error
         expected = plain(*tensors, valid)
         demand_near(out, expected, SAME[torch.float32], f"{case.what}, compiled")
-        for name, got, want in zip("qkv", gradients(out, tensors), gradients(expected, tensors), strict=True):
+        for name, got, want in zip(
+            names(subject.card), gradients(out, tensors), gradients(expected, tensors), strict=True
+        ):
             demand_near(got, want, GRADIENT[torch.float32], f"{case.what}, compiled, gradient of {name}")
 
 
@@ -635,7 +648,7 @@ def engines_agree(subject: Subject) -> None:
                 for name, out, grads in results:
                     what = f"{case.what}{variant}, {dtype}, {name} against the reference"
                     demand_near(out, expected, SAME[dtype], what)
-                    for letter, got, want in zip("qkv", grads, wanted, strict=True):
+                    for letter, got, want in zip(names(subject.card), grads, wanted, strict=True):
                         demand_near(got, want, GRADIENT[dtype], f"{what}, gradient of {letter}")
 
 
@@ -736,7 +749,7 @@ def second_derivatives(subject: Subject) -> None:
             for name, found in each_engine(subject, twice):
                 if found is None:
                     continue
-                for letter, got, want in zip("qkv", found, expected, strict=True):
+                for letter, got, want in zip(names(subject.card), found, expected, strict=True):
                     what = f"{case.what}, {dtype}, {name}, second derivative by {letter}"
                     demand_near(got, want, 10 * GRADIENT[dtype], what)
 
@@ -796,10 +809,10 @@ def forward_mode(subject: Subject) -> None:
 def decodes_from_a_cache(subject: Subject) -> None:
     """Late queries with q_offset over all keys so far equal their rows of the whole, on every engine."""
     n = subject.card.sizes["n"]
-    q, k, v = inputs(subject.card, {"n": n, "m": n})
-    whole = call(subject, [q, k, v], is_causal=True)
+    q, *rest = inputs(subject.card, {"n": n, "m": n})
+    whole = call(subject, [q, *rest], is_causal=True)
     for start, stop in ((n - 1, n), (n - 4, n - 1), (2, 3), (0, 1)):
-        given = [q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]]
+        given = [q[:, :, start:stop], *(t[:, :, :stop] for t in rest)]
         run = lambda e: call(subject, given, pattern=Causal(), q_offset=start, engine=e)  # noqa: B023, E731
         for name, out in each_engine(subject, run):
             what = f"{name}, queries {start} to {stop - 1} alone"
@@ -836,7 +849,9 @@ def continues_from_a_state(subject: Subject) -> None:
             continue
         what = f"{engine_name or 'the automatic choice'}: pieces, against the whole"
         demand_near(out, whole, SAME[torch.float64], what)
-        for letter, got, want in zip("qkv", gradients(out, tensors), gradients(whole, tensors), strict=True):
+        for letter, got, want in zip(
+            names(subject.card), gradients(out, tensors), gradients(whole, tensors), strict=True
+        ):
             demand_near(got, want, GRADIENT[torch.float64], f"{what}, gradient of {letter}")
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     from regard.bench.compare import Settings, compare, quick
+    from regard.bench.progress import Progress
     from regard.bench.report import write_report
     from regard.bench.results import Results
     from regard.bench.summary import summarise
@@ -57,7 +56,7 @@ def run(given: argparse.Namespace) -> int:
             raise OptionError("--quick sets width, tokens and seeds itself; leave them out, or leave out --quick")
         settings = quick(settings)
     console = need("rich.console", "bench").Console(stderr=given.json)
-    watcher = _Progress(console)
+    watcher = Progress(console)
     page = given.out / "report.html"
     try:
         results = compare(settings, given.out, watcher)
@@ -117,29 +116,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-class _Progress:
-    """Tells a terminal how it goes: a bar a part, and a line when it is done."""
-
-    def __init__(self, console: Any):
-        self.console = console
-        self._bar: Any = None
-        self._task: Any = None
-
-    @contextmanager
-    def part(self, text: str, steps: int) -> Iterator[None]:
-        progress = need("rich.progress", "bench")
-        columns = (
-            progress.TextColumn("{task.description:<36}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}"),
-        )  # fmt: skip
-        with progress.Progress(*columns, console=self.console) as self._bar:
-            self._task = self._bar.add_task(text, total=steps, note="")
-            yield
-
-    def advance(self, step: int, note: str) -> None:
-        self._bar.update(self._task, completed=step, note=note)
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)

@@ -12,7 +12,7 @@ import regard.cli
 from regard._version import __version__
 from regard.contract.errors import RegardError, near
 
-ORDER = ("list", "show", "why", "check", "compare", "new")
+ORDER = ("list", "show", "why", "check", "compare", "speed", "new")
 
 
 def commands() -> list[str]:

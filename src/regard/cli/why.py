@@ -30,5 +30,6 @@ def run(given: argparse.Namespace) -> int:
             options[name] = value
     for verdict in why(given.name, " ".join(tensors), engine=given.engine, **options):
         text = "runs" if verdict.chosen else "; ".join(verdict.reasons) or "could run, a better one is chosen"
-        print(f"{'→' if verdict.chosen else ' '} {verdict.name:<18} {text}")
+        note = f" ({verdict.note})" if verdict.note else ""
+        print(f"{'→' if verdict.chosen else ' '} {verdict.name:<22} {text}{note}")
     return 0

@@ -5,7 +5,7 @@ The stack below is the one piece of module state in the library: context variabl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ def collect_losses() -> Iterator[dict[str, list[Tensor]]]:
         _stack.pop()
 
 
-def add_loss(name: str, value: Tensor) -> None:
-    """Hand a scalar loss to the innermost collector; without one it is dropped."""
+def add_loss(name: str, value: Tensor | Callable[[], Tensor]) -> None:
+    """Hand a scalar loss to the innermost collector; without one it is dropped, and a function is not called."""
     if _stack:
-        _stack[-1].setdefault(name, []).append(value)
+        _stack[-1].setdefault(name, []).append(value() if callable(value) else value)

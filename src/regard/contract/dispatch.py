@@ -6,7 +6,7 @@ a reason runs. A named engine runs or raises with its reasons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,7 +15,7 @@ from typing import Any
 
 from regard.contract.errors import OptionError, Unsupported, near
 
-FAMILIES = ("dense", "scan")
+FAMILIES = ("dense", "block_sparse", "gather", "scan", "readout", "native")
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,12 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `why` says of one implementation: its reasons against, and whether it is the one that runs."""
+    """What `why` says of one implementation: its reasons against, whether it runs, and what was estimated of it."""
 
     name: str
     reasons: tuple[str, ...]
     chosen: bool
+    note: str = ""
 
 
 _listeners: list[list[Verdict]] = []
@@ -46,11 +47,17 @@ def engine(name: str) -> ModuleType:
     return import_module(f"regard.engines.{name}")
 
 
-def choose(implementations: Sequence[Implementation], requested: str | None, call: Any) -> Implementation:
+def choose(
+    implementations: Sequence[Implementation],
+    requested: str | None,
+    call: Any,
+    notes: Mapping[str, str] | None = None,
+) -> Implementation:
     """The implementation that runs a call.
 
     requested: None for the first that can; "family" for the first of the family; "family:way" for that one;
-    "reference" for the definition. Raises OptionError for an unknown name, Unsupported with all reasons.
+    "reference" for the definition. notes: what the verdicts say beside the reasons, by name. Raises OptionError for
+    an unknown name, Unsupported with all reasons.
     """
     if requested is None and not _listeners:
         for implementation in implementations:
@@ -65,7 +72,9 @@ def choose(implementations: Sequence[Implementation], requested: str | None, cal
     verdicts = [(i, i.cannot(call)) for i in candidates]
     chosen = next((i for i, reasons in verdicts if not reasons), None)
     for listener in _listeners:
-        listener.extend(Verdict(i.name, tuple(reasons), i is chosen) for i, reasons in verdicts)
+        listener.extend(
+            Verdict(i.name, tuple(reasons), i is chosen, (notes or {}).get(i.name, "")) for i, reasons in verdicts
+        )
     if chosen is None:
         text = "; ".join(f"{i.name}: {', '.join(reasons)}" for i, reasons in verdicts)
         raise Unsupported(f"no engine can run this call. {text}")
@@ -76,6 +85,11 @@ def matches(name: str, requested: str | None) -> bool:
     """Whether an implementation's name is meant by a request."""
     family, _, way = name.partition(":")
     return requested is None or requested in (name, family, way)
+
+
+def is_listened_to() -> bool:
+    """Whether anybody collects verdicts, so that notes are worth writing."""
+    return bool(_listeners)
 
 
 @contextmanager

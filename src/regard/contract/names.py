@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib import import_module
 from typing import Any
 
@@ -62,6 +63,32 @@ def mixer_entry(name: str) -> Entry:
 def model(name: str, **options: Any) -> Any:
     """A new model by slug. options: fields of its settings. Raises UnknownName, OptionError."""
     return _build(find(name, "models").load(), name, **options)
+
+
+def build(name: str, **changes: Any) -> Any:
+    """A new model at a published size ("dinat_tiny"): a row of a model's `SIZES`. changes: fields that differ from it.
+
+    Raises UnknownName; OptionError for fields that the settings do not have.
+    """
+    import sys
+
+    owners = [e for e in catalogue().values() if e.room == "models" and name.startswith(e.card.slug)]
+    known: list[str] = []
+    for entry in owners:
+        make = entry.load()
+        sizes = getattr(sys.modules[entry.module], "SIZES", {})
+        if name in sizes:
+            fields = [f.name for f in dataclasses.fields(sizes[name])]
+            for field in changes:
+                if field not in fields:
+                    raise OptionError(f"{name} has no {field!r}{near(field, fields)}; it has {', '.join(fields)}")
+            return make(dataclasses.replace(sizes[name], **changes))
+        known += sizes
+    models = sorted(e.card.slug for e in catalogue().values() if e.room == "models")
+    raise UnknownName(
+        f"no model has the size {name!r}{near(name, known)}; "
+        + (f"there are {', '.join(known)}" if known else f"the models are {', '.join(models)}")
+    )
 
 
 def task(name: str, **options: Any) -> Any:

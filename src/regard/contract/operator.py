@@ -48,6 +48,8 @@ def operator(card: OpCard) -> Callable[[Callable[P, R]], Operator[P, R]]:
     unclaimed = tuple((option, word) for option, word in _SHARED.items() if word not in card.accepts)
 
     def wrap(body: Callable[P, R]) -> Operator[P, R]:
+        hint = "; other tokens go into extra_k, extra_v" if "extra_k" in body.__annotations__ else ""
+
         def call(*args: Any, **options: Any) -> R:
             tensors = (
                 args if len(args) == count else args + tuple(options.pop(n) for n in names[len(args) :] if n in options)
@@ -58,7 +60,7 @@ def operator(card: OpCard) -> Callable[[Callable[P, R]], Operator[P, R]]:
             check_types(tensors, names, card.slug)
             if options:
                 _refuse(card, unclaimed, options)
-            _refuse_shape(card, sizes, options)
+            _refuse_shape(card, sizes, options, hint)
             return body(*tensors, **options)  # type: ignore[call-arg,arg-type]
 
         def reference(*args: Any, **options: Any) -> R:
@@ -83,7 +85,7 @@ def _refuse(card: OpCard, unclaimed: tuple[tuple[str, str], ...], options: dict[
         raise OptionError(f"{card.slug} has no engine {engine!r}{near(engine, known)}; it has {', '.join(known)}")
 
 
-def _refuse_shape(card: OpCard, sizes: dict[str, int], options: dict[str, Any]) -> None:
+def _refuse_shape(card: OpCard, sizes: dict[str, int], options: dict[str, Any], hint: str) -> None:
     pattern = options.get("pattern")
     causal = bool(options.get("is_causal")) or (pattern is not None and pattern.causal)
     if causal and "causal_self" not in card.attends:
@@ -91,7 +93,9 @@ def _refuse_shape(card: OpCard, sizes: dict[str, int], options: dict[str, Any]) 
     if not causal and "self" not in card.attends and "cross" not in card.attends:
         raise Unsupported(f"{card.slug} is causal only: pass is_causal=True; {_who('attends', 'self')}")
     if sizes.get("n") != sizes.get("m", sizes.get("n")) and not causal and "cross" not in card.attends:
-        raise Unsupported(f"{card.slug} has {sizes['n']} queries and {sizes['m']} keys; {_who('attends', 'cross')}")
+        raise Unsupported(
+            f"{card.slug} has {sizes['n']} queries and {sizes['m']} keys; {_who('attends', 'cross')}{hint}"
+        )
 
 
 def _who(field: str, word: str) -> str:

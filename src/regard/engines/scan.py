@@ -2,13 +2,13 @@
 
     S_t = exp(g_t) S_{t-1} + k_t v_t'        o_t = q_t S_t    [ / read-out of the same scan with v = 1 ]
 
-Three primitives carry it: `chunk_states` (what a chunk adds), `prefix_states` (the state before each chunk) and
-`chunk_outputs`. All exponents are differences of cumulated log-decays and at most 0. States are float32 at least.
+The torch way runs over chunks (`scan_chunks`). All exponents are differences of cumulated log-decays and at most 0.
+States are float32 at least.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,15 +17,16 @@ from torch import Tensor
 
 from regard.contract.dispatch import Implementation, choose
 from regard.contract.errors import OptionError, ShapeError, Unsupported
+from regard.engines import scan_native
 from regard.engines.precision import accumulator, without_autocast
+from regard.engines.scan_affine import affine_scan as affine_scan
+from regard.engines.scan_chunks import cumulate, scan_chunks
 from regard.patterns import Bound, Causal, Documents, Full, KeyValid, Pattern
 from regard.primitives.state import State
 
 DivideBy = Literal["none", "sum", "abs1"]
 # below this a step forgets everything; -inf would give -inf - -inf
 LEAST_LOG_DECAY = -100.0
-# positions handled at once: bounds the memory of the chunk-by-chunk decay table
-SPAN = 8192
 # the score of no key at all: finite, so that no -inf - -inf arises in a gradient
 _NOTHING = -1e30
 
@@ -50,11 +51,15 @@ class SoftmaxState(State):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the engine. v carries a last column of ones if the read-out divides."""
+    """One call of the engine. v carries a last column of ones if the read-out divides.
+
+    q, k, v in the caller's dtype; s0 in the accumulator's. log_decay: (B|1, H, N|1) or (B, H, N, D), float32 at least.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    scale: float
     log_decay: Tensor | None
     is_causal: bool
     segment: Tensor | None
@@ -81,10 +86,11 @@ def linear_scan(
     """Linear attention with optional decay: (out (B, H, N, E), state after the last step).
 
     q (B, H, N, D), k (B, G, M, D), v (B, G, M, E), after the feature map; H a multiple of G.
-    log_decay: None, (H,) per head or (B, H, N) per step, at most 0. scale: multiplies q.
+    log_decay: None, (H,) per head, (B, H, N) per step or (B, H, N, D) per step and key channel, at most 0. scale:
+    multiplies q.
     divide_by: "sum" divides by q.z + eps, "abs1" by max(|q.z|, 1). key_valid: bool (B, M), False = padding, which
     neither adds nor decays. reset: bool (B, N), True where a document starts. chunk_size: steps; 64, or 128 for wide
-    states. Raises ShapeError, OptionError, Unsupported.
+    states; the native kernels have their own. Raises ShapeError, OptionError, Unsupported.
     """
     batch, heads, n, d = q.shape
     if divide_by not in ("none", "sum", "abs1"):
@@ -102,20 +108,19 @@ def linear_scan(
         raise OptionError(f"a scan needs a chunk_size of at least 1 step, not {chunk_size}")
     kind = accumulator(q.dtype)
     with without_autocast(q.device):
-        g = _log_decay(log_decay, batch, heads, n, kind, q)
+        g = _log_decay(log_decay, batch, heads, n, d, kind)
         if g is not None and k.shape[1] != heads:
             # a decay per query head makes a state per query head
             k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
-        k, v = k.to(kind), v.to(kind)
         if divide_by != "none":
             v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
         if key_valid is not None:
             keep = key_valid[:, None, :, None]
             k, v = k * keep, v * keep
             if g is not None:
-                g = g * key_valid[:, None]
+                g = g * (keep if g.dim() == 4 else keep[..., 0])
         call = Call(
-            q.to(kind) * scale, k, v, g, is_causal,
+            q, k, v, scale, g, is_causal,
             None if reset is None else reset.cumsum(-1),
             _initial(initial_state, k, v, divide_by),
             chunk_size or (128 if d * v.shape[-1] >= 16384 else 64),
@@ -126,62 +131,6 @@ def linear_scan(
             return out.to(q.dtype), ScanState(s, None, seen)
         out, z = _divide(out, divide_by, eps), s[..., -1]
         return out.to(q.dtype), ScanState(s[..., :-1], z, seen)
-
-
-def chunk_states(k: Tensor, v: Tensor, c: Tensor | None, last: Tensor | None = None) -> Tensor:
-    """What each chunk adds to the state: k (…, C, D), v (…, C, E) -> (…, D, E).
-
-    c: log-decay cumulated inside the chunk (…, C), or None. last: bool (…, C), which keys the next chunk may see.
-    """
-    if c is not None:
-        k = k * (c[..., -1:] - c).to(k.dtype).exp()[..., None]
-    if last is not None:
-        k = k * last[..., None]
-    return k.transpose(-1, -2) @ v
-
-
-def prefix_states(
-    added: Tensor, total: Tensor | None, s0: Tensor | None, alive: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The state before each chunk, and after the last: added (B, G, T, D, E) over T chunks -> (same, (B, G, D, E)).
-
-    total: log-decay of each chunk (B, G, T), or None. s0: initial state (B, G, D, E), or None.
-    alive: bool (B, 1, T + 1, T + 1); [a, b]: what chunk b - 1 left (b = 0: s0) is still the document after chunk a - 1.
-    """
-    chunks = added.shape[2]
-    parts = torch.cat((torch.zeros_like(added[:, :, :1]) if s0 is None else s0[:, :, None], added), 2)
-    step = torch.ones(chunks + 1, chunks + 1, dtype=torch.bool, device=added.device).tril()
-    if total is None and alive is None:
-        states = parts.cumsum(2)
-    else:
-        weight = step.to(added.dtype)[None, None]
-        if total is not None:
-            c = F.pad(_cumulate(total), (1, 0))
-            gap = (c[..., :, None] - c[..., None, :]).masked_fill(~step, 0.0)
-            weight = weight * gap.to(weight.dtype).exp()
-        if alive is not None:
-            weight = weight * alive
-        states = (weight @ parts.flatten(-2)).unflatten(-1, parts.shape[-2:])
-    return states[:, :, :-1], states[:, :, -1]
-
-
-def chunk_outputs(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor | None, s: Tensor, own: Tensor, carried: Tensor | None
-) -> Tensor:
-    """The outputs of each chunk: own keys by their table, earlier ones through the state s (B, G, T, D, E).
-
-    q (B, G, R, T, C, D) with R query heads a key head; k, v (B, G, T, C, ·). own: bool (…, C, C), pairs that may meet.
-    carried: bool (…, C), rows that may see the state, or None for all.
-    """
-    table = q @ k[:, :, None].transpose(-1, -2) * own
-    reach = q
-    if c is not None:
-        gap = (c[..., :, None] - c[..., None, :]).masked_fill(~own.squeeze(2), 0.0)
-        table = table * gap.to(q.dtype).exp()[:, :, None]
-        reach = q * c.to(q.dtype).exp()[:, :, None, ..., None]
-    if carried is not None:
-        reach = reach * carried[..., None]
-    return table @ v[:, :, None] + reach @ s[:, :, None]
 
 
 def as_scan(pattern: Pattern | Bound | None, is_causal: bool, system: str) -> tuple[bool, Tensor | None, Tensor | None]:
@@ -229,20 +178,16 @@ def _check_valid(key_valid: Tensor | None, batch: int, m: int) -> None:
         )
 
 
-def _cumulate(g: Tensor) -> Tensor:
-    # the sum outgrows its differences, which are what counts: a float32 would lose their digits (Metal has no float64)
-    return g.to(g.dtype if g.device.type == "mps" else torch.float64).cumsum(-1)
-
-
-def _log_decay(g: Tensor | None, batch: int, heads: int, n: int, kind: torch.dtype, q: Tensor) -> Tensor | None:
+def _log_decay(g: Tensor | None, batch: int, heads: int, n: int, d: int, kind: torch.dtype) -> Tensor | None:
     if g is None:
         return None
-    if tuple(g.shape) not in ((heads,), (batch, heads, n)):
+    if tuple(g.shape) not in ((heads,), (batch, heads, n), (batch, heads, n, d)):
         raise ShapeError(
-            f"log_decay is {tuple(g.shape)}; it must be (H,) = {(heads,)} or (B, H, N) = {(batch, heads, n)}"
+            f"log_decay is {tuple(g.shape)}; it must be (H,) = {(heads,)}, (B, H, N) = {(batch, heads, n)} or "
+            f"(B, H, N, D) = {(batch, heads, n, d)}"
         )
     g = g.to(kind).clamp(min=LEAST_LOG_DECAY)
-    return g[None, :, None].expand(batch, heads, n) if g.dim() == 1 else g
+    return g[None, :, None] if g.dim() == 1 else g
 
 
 def _initial(state: ScanState | None, k: Tensor, v: Tensor, divide_by: DivideBy) -> Tensor | None:
@@ -256,7 +201,7 @@ def _initial(state: ScanState | None, k: Tensor, v: Tensor, divide_by: DivideBy)
     wanted = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
     if tuple(s.shape) != wanted:
         raise ShapeError(f"the initial state is {tuple(s.shape)}; it must be (B, G, D, E) = {wanted}")
-    return s.to(k.dtype)
+    return s.to(accumulator(k.dtype))
 
 
 def _divide(out: Tensor, divide_by: DivideBy, eps: float) -> Tensor:
@@ -270,32 +215,55 @@ def _share(q: Tensor, s: Tensor) -> Tensor:
     return (q.reshape(batch, groups, heads // groups, n, d) @ s[:, :, None]).reshape(batch, heads, n, -1)
 
 
+def _widen(call: Call) -> Call:
+    """The call in the accumulator's dtype, the scale inside q."""
+    kind = accumulator(call.q.dtype)
+    q = call.q.to(kind)
+    return replace(call, q=q if call.scale == 1 else q * call.scale, k=call.k.to(kind), v=call.v.to(kind), scale=1.0)
+
+
 def _run_reference(call: Call) -> tuple[Tensor, Tensor]:
     """The definition: the whole table of decayed products."""
-    heads, groups = call.q.shape[1], call.k.shape[1]
-    n, m = call.q.shape[2], call.k.shape[2]
+    call = _widen(call)
+    q, heads, groups = call.q, call.q.shape[1], call.k.shape[1]
+    n, m = q.shape[2], call.k.shape[2]
     k, v = (x.repeat_interleave(heads // groups, 1) for x in (call.k, call.v))
-    table = call.q @ k.transpose(-1, -2)
     if not call.is_causal:
-        return table @ v, call.k.transpose(-1, -2) @ call.v
-    pairs = torch.ones(n, m, dtype=torch.bool, device=table.device).tril()[None, None]
-    alive = None
+        return q @ k.transpose(-1, -2) @ v, call.k.transpose(-1, -2) @ call.v
+    pairs = torch.ones(n, m, dtype=torch.bool, device=q.device).tril()[None, None]
     if call.segment is not None:
         pairs = pairs & (call.segment[:, None, :, None] == call.segment[:, None, None, :])
-        alive = call.segment[:, None, :] == call.segment[:, None, -1:]
-    c = None if call.log_decay is None else _cumulate(call.log_decay)
-    if c is not None:
-        table = table * (c[..., :, None] - c[..., None, :]).masked_fill(~pairs, 0.0).to(table.dtype).exp()
+    c = None if call.log_decay is None else _by_channel(cumulate(call.log_decay.expand(*_steps(call.log_decay, n)), 2))
+    if c is None:
+        table = q @ k.transpose(-1, -2)
+    elif c.shape[-1] == 1:
+        gap = (c - c.transpose(-1, -2)).masked_fill(~pairs, 0.0)
+        table = q @ k.transpose(-1, -2) * gap.to(q.dtype).exp()
+    else:
+        gap = (c[..., :, None, :] - c[..., None, :, :]).masked_fill(~pairs[..., None], 0.0)
+        table = torch.einsum("bhid,bhjd,bhijd->bhij", q, k, gap.to(q.dtype).exp())
     out = (table * pairs) @ v
-    s = chunk_states(call.k, call.v, c, alive)
+    left = call.k if c is None else call.k * (c[:, :, -1:] - c).to(q.dtype).exp()
+    if call.segment is not None:
+        left = left * (call.segment == call.segment[:, -1:])[:, None, :, None]
+    s = left.transpose(-1, -2) @ call.v
     if call.s0 is not None:
-        start = call.q if c is None else call.q * c.to(call.q.dtype).exp()[..., None]
+        start, kept = q, call.s0
+        if c is not None:
+            start, kept = start * c.to(q.dtype).exp(), kept * c[:, :, -1, :, None].to(q.dtype).exp()
         if call.segment is not None:
             start = start * (call.segment == 0)[:, None, :, None]
-        out = out + _share(start, call.s0)
-        kept = call.s0 if c is None else call.s0 * c[..., -1:, None].to(call.s0.dtype).exp()
-        s = s + (kept if call.segment is None else kept * (call.segment[:, -1] == 0)[:, None, None, None])
+            kept = kept * (call.segment[:, -1] == 0)[:, None, None, None]
+        out, s = out + _share(start, call.s0), s + kept
     return out, s
+
+
+def _steps(g: Tensor, n: int) -> tuple[int, ...]:
+    return (*g.shape[:2], n, *g.shape[3:])
+
+
+def _by_channel(g: Tensor) -> Tensor:
+    return g if g.dim() == 4 else g[..., None]
 
 
 def _not_step(call: Call) -> list[str]:
@@ -308,69 +276,33 @@ def _not_step(call: Call) -> list[str]:
 
 
 def _run_step(call: Call) -> tuple[Tensor, Tensor]:
-    s = call.k.transpose(-1, -2) @ call.v
-    if call.s0 is not None:
-        s = s + (call.s0 if call.log_decay is None else call.s0 * call.log_decay.exp()[..., None])
-    return _share(call.q, s), s
+    kind = accumulator(call.q.dtype)
+    q, k, v, g, s0 = call.q.to(kind), call.k.to(kind).transpose(-1, -2), call.v.to(kind), call.log_decay, call.s0
+    if s0 is None:
+        s = k * v
+    else:
+        s = torch.addcmul(s0 if g is None else s0 * _by_channel(g.exp()).transpose(-1, -2), k, v)
+    q = q if call.scale == 1 else q * call.scale
+    return q @ s if q.shape[1] == s.shape[1] else _share(q, s), s
+
+
+def _no_native(call: Call) -> list[str]:
+    reasons = scan_native.cannot(call.q, call.k, call.v, call.log_decay)
+    if not call.is_causal:
+        reasons.append("it is not causal")
+    return reasons
+
+
+def _run_native(call: Call) -> tuple[Tensor, Tensor]:
+    return scan_native.scan(call.q, call.k, call.v, call.scale, call.log_decay, call.s0, call.segment)
 
 
 def _run_chunks(call: Call) -> tuple[Tensor, Tensor]:
+    call = _widen(call)
     if not call.is_causal:
         total = call.k.transpose(-1, -2) @ call.v
         return _share(call.q, total), total
-    n, s = call.q.shape[2], call.s0
-    outs: list[Tensor] = []
-    for start in range(0, n, SPAN):
-        piece = slice(start, start + SPAN)
-        segment = None if call.segment is None else call.segment[:, piece]
-        out, s = _run_span(
-            call.q[:, :, piece], call.k[:, :, piece], call.v[:, :, piece],
-            None if call.log_decay is None else call.log_decay[:, :, piece],
-            segment, 0 if start == 0 or call.segment is None else call.segment[:, start - 1 : start],
-            s, call.chunk_size,
-        )  # fmt: skip
-        outs.append(out)
-    assert s is not None
-    return (torch.cat(outs, 2) if len(outs) > 1 else outs[0]), s
-
-
-def _run_span(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    segment: Tensor | None,
-    before: Tensor | int,
-    s0: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, n, d = q.shape
-    groups = k.shape[1]
-    chunk = min(chunk, n)
-    chunks = -(-n // chunk)
-    pad = chunks * chunk - n
-    if pad:
-        # pads add nothing (k = 0) and do not decay (g = 0), so the final state is the state after step n
-        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
-        g = None if g is None else F.pad(g, (0, pad))
-        segment = None if segment is None else torch.cat((segment, segment[:, -1:].expand(-1, pad)), 1)
-    q = q.reshape(batch, groups, heads // groups, chunks, chunk, d)
-    k, v = (x.reshape(batch, groups, chunks, chunk, x.shape[-1]) for x in (k, v))
-    c = None if g is None else _cumulate(g.reshape(batch, groups, chunks, chunk))
-    own = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril().view(1, 1, 1, 1, chunk, chunk)
-    last = carried = alive = None
-    if segment is not None:
-        piece = segment.reshape(batch, chunks, chunk)
-        own = own & (piece[..., :, None] == piece[..., None, :])[:, None, None]
-        last = (piece == piece[..., -1:])[:, None]
-        first = torch.zeros_like(piece[:, 0, :1]) + before
-        ends = torch.cat((first, piece[..., -1]), 1)
-        alive = (ends[:, :, None] == ends[:, None, :])[:, None]
-        carried = (piece == ends[:, :-1, None])[:, None, None]
-    added = chunk_states(k, v, c, last)
-    states, final = prefix_states(added, None if c is None else c[..., -1], s0, alive)
-    out = chunk_outputs(q, k, v, c, states, own, carried)
-    return out.reshape(batch, heads, chunks * chunk, -1)[:, :, :n], final
+    return scan_chunks(call.q, call.k, call.v, call.log_decay, call.s0, call.segment, call.chunk_size)
 
 
 def softmax_scan(
@@ -431,6 +363,7 @@ def _prefix_log_sum_exp(x: Tensor, reset: Tensor | None) -> Tensor:
 
 IMPLEMENTATIONS = (
     Implementation("scan:step", _not_step, _run_step),
+    Implementation("scan:native", _no_native, _run_native),
     Implementation("scan:torch", lambda call: [], _run_chunks),
     Implementation("scan:reference", lambda call: [], _run_reference),
 )

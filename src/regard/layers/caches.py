@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,11 +70,118 @@ class KVState(State):
 
 
 @dataclass(frozen=True)
+class LandmarkState(State):
+    """Closed blocks behind their landmarks, and the open one; all keys before rotation.
+
+    memory: keys and values of S closed blocks of `period` positions each, perhaps on another device. landmarks
+    (B, G, S, D): the keys of their last positions. local: the open block, fewer than `period` positions.
+    """
+
+    memory: KVState
+    landmarks: Tensor
+    local: KVState
+    seen: int = 0
+
+    def append(self, k: Tensor, v: Tensor, period: int) -> Self:
+        """A new state with more positions, at most up to the end of the open block; a full block is closed."""
+        local = self.local.append(k, v, None)
+        seen = self.seen + k.shape[2]
+        if local.k.shape[2] < period:
+            return replace(self, local=local, seen=seen)
+        place = self.memory.k.device
+        memory = self.memory.append(local.k.to(place), local.v.to(place), None)
+        landmarks = torch.cat((self.landmarks, local.k[:, :, -1:]), 2)
+        return replace(self, memory=memory, landmarks=landmarks, local=local.last(0), seen=seen)
+
+
+@dataclass(frozen=True)
+class PerHeadState(State):
+    """Keys and values that each key head chose for itself: keys (B, G, S, D), values (B, G, S, E).
+
+    positions: int32 (B, G, S), ascending, -1 = an empty slot. marks: (B, G, S), what the owner remembers of each key
+    (a score, a cluster; -1 in an empty slot), or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    marks: Tensor | None = None
+    seen: int = 0
+
+    def append(self, k: Tensor, v: Tensor, valid: Tensor | None, marks: Tensor | None = None) -> Self:
+        """A new state with the next N positions in every head. valid: bool (B, N), False = padding, an empty slot."""
+        places = torch.arange(self.seen, self.seen + k.shape[2], dtype=torch.int32, device=k.device)
+        new = places.expand(k.shape[0], -1) if valid is None else places.masked_fill(~valid, -1)
+        positions = torch.cat((self.positions, new[:, None].expand(*k.shape[:2], -1)), 2)
+        keys, values = torch.cat((self.keys, k), 2), torch.cat((self.values, v), 2)
+        if self.marks is not None and marks is not None:
+            marks = torch.cat((self.marks, marks), 2)
+        return replace(
+            self, keys=keys, values=values, positions=positions, marks=marks, seen=self.seen + k.shape[2]
+        )  # fmt: skip
+
+    def keep(self, index: Tensor) -> Self:
+        """Only these slots: int64 (B, G, S'), -1 = an empty slot."""
+        place = index.clamp(min=0)
+        return replace(
+            self,
+            keys=_slots(self.keys, place),
+            values=_slots(self.values, place),
+            positions=self.positions.gather(2, place).masked_fill(index < 0, -1),
+            marks=None if self.marks is None else self.marks.gather(2, place).masked_fill(index < 0, -1),
+        )
+
+
+@dataclass(frozen=True)
+class ShardState(State):
+    """Keys and values of which every key head holds another number: one (B, S, D), (B, S, E) for each, oldest first."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    seen: int = 0
+
+    def append(self, k: Tensor, v: Tensor) -> Self:
+        """A new state with the next N positions, k (B, G, N, D), v (B, G, N, E), in every head."""
+        keys, values = (
+            tuple(torch.cat((old, x), 1) for old, x in zip(held, new.unbind(1), strict=True))
+            for held, new in ((self.keys, k), (self.values, v))
+        )
+        return replace(self, keys=keys, values=values, seen=self.seen + k.shape[2])
+
+    def keep(self, masks: Sequence[Tensor]) -> Self:
+        """Only the positions where the mask of the head, bool (S,), is True."""
+        keys, values = (
+            tuple(x[:, mask] for x, mask in zip(held, masks, strict=True)) for held in (self.keys, self.values)
+        )
+        return replace(self, keys=keys, values=values)
+
+
+@dataclass(frozen=True)
+class CoreState(State):
+    """One key and value for each closed group of positions, and the positions since that are still met one by one.
+
+    core_k (B, H, P, D), core_v (B, H, P, E). k (B, G, R, D), v (B, G, R, E): the positions seen - R … seen - 1, from
+    the start of a group. q (B, H, R, D): their queries, where a group is closed with all of them, or None.
+    """
+
+    core_k: Tensor
+    core_v: Tensor
+    k: Tensor
+    v: Tensor
+    q: Tensor | None = None
+    seen: int = 0
+
+
+@dataclass(frozen=True)
 class ConvState(State):
     """The last inputs of a causal convolution, oldest first: tail (B, kernel - 1, C); zeros at the start."""
 
     tail: Tensor
     seen: int = 0
+
+
+def _slots(table: Tensor, place: Tensor) -> Tensor:
+    return table.gather(2, place[..., None].expand(*place.shape, table.shape[3]))
 
 
 def _ones(valid: Tensor | None, k: Tensor) -> Tensor:

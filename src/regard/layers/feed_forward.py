@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Mlp(nn.Module):
+    """act(x W1 + b1) W2 + b2: (…, C) -> (…, C). hidden: inner width. act: made without arguments."""
+
+    def __init__(self, dim: int, hidden: int, *, act: Callable[[], nn.Module] = nn.GELU, bias: bool = True):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.act = act()
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class SwiGLU(nn.Module):

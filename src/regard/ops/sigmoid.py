@@ -16,7 +16,7 @@ from torch import Tensor
 from regard.contract.card import OpCard
 from regard.contract.errors import OptionError
 from regard.contract.operator import operator
-from regard.engines.dense import dense
+from regard.engines.automatic import attend
 from regard.patterns import Bound, Pattern
 from regard.primitives.normalisers import Sigmoid
 
@@ -35,7 +35,7 @@ CARD = OpCard(
     decode="kv",
     time="n m",
     memory="n m",
-    engines=("dense",),
+    engines=("dense", "block_sparse"),
     mixer={"qk_norm": True},
 )
 
@@ -72,7 +72,7 @@ def sigmoid_attention(
         if length < 1:
             raise OptionError(f"sigmoid attention needs a length of at least 1 token, not {length}")
         sigmoid_bias = -math.log(length)
-    return dense(
+    return attend(
         q, k, v, pattern, mask=mask, bias=bias, is_causal=is_causal, scale=scale, q_offset=q_offset,
         normaliser=Sigmoid(float(sigmoid_bias)), dropout_p=dropout_p, engine=engine,
     ).out  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from regard.contract.card import OpCard
 from regard.contract.errors import OptionError
 from regard.contract.operator import operator
-from regard.engines.dense import dense
+from regard.engines.automatic import attend
 from regard.patterns import Bound, Causal, Pattern, SlidingWindow
 
 CARD = OpCard(
@@ -28,7 +28,7 @@ CARD = OpCard(
     decode="kv",
     time="n w",
     memory="n",
-    engines=("dense",),
+    engines=("dense", "block_sparse"),
 )
 
 
@@ -58,7 +58,7 @@ def sliding_window_attention(
     near: Pattern | Bound = SlidingWindow(window)
     if is_causal:
         near = Causal() & near
-    return dense(
+    return attend(
         q, k, v, near if pattern is None else near & pattern, mask=mask, bias=bias, scale=scale, q_offset=q_offset,
         dropout_p=dropout_p, engine=engine,
     ).out  # fmt: skip

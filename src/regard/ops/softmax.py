@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regard.contract.card import OpCard
 from regard.contract.operator import operator
-from regard.engines.dense import dense
+from regard.engines.automatic import attend
 from regard.patterns import Bound, Pattern
 
 CARD = OpCard(
@@ -26,7 +26,7 @@ CARD = OpCard(
     decode="kv",
     time="n m",
     memory="n",
-    engines=("dense",),
+    engines=("dense", "block_sparse"),
 )
 
 
@@ -51,7 +51,7 @@ def softmax_attention(
     q_offset: position of the first query, for caches. dropout_p: share of the weights that is dropped.
     Raises ShapeError, OptionError, Unsupported.
     """
-    return dense(
+    return attend(
         q, k, v, pattern, mask=mask, bias=bias, is_causal=is_causal, scale=scale, q_offset=q_offset,
         dropout_p=dropout_p, engine=engine,
     ).out  # fmt: skip

@@ -16,7 +16,8 @@ from torch import Tensor
 from regard.contract.card import OpCard
 from regard.contract.errors import OptionError
 from regard.contract.operator import operator
-from regard.engines.dense import check_table, dense
+from regard.engines.automatic import attend
+from regard.engines.dense import check_table
 from regard.engines.precision import accumulator
 from regard.patterns import Bound, Causal, Full, Pattern
 from regard.primitives.length_scale import log_scale
@@ -36,7 +37,7 @@ CARD = OpCard(
     decode="kv",
     time="n m",
     memory="n m",
-    engines=("dense",),
+    engines=("dense", "block_sparse"),
 )
 
 
@@ -74,7 +75,7 @@ def softplus_attention(
     counts = _counts(pattern, mask, is_causal, q, k, q_offset)
     factor = log_scale(counts, "log_d_log_n", d=q.shape[-1])[..., None].to(kind)
     normaliser = L1("softplus", eps)
-    out = dense(
+    out = attend(
         F.normalize(q.to(kind), dim=-1) * factor, F.normalize(k.to(kind), dim=-1), v.to(kind), pattern,
         mask=mask, is_causal=is_causal, q_offset=q_offset, scale=1.0, engine=engine,
         normaliser=normaliser if power is None else Sharpen(normaliser, power, offset, offset_free_rows, eps),

@@ -32,6 +32,10 @@ class Normaliser:
     def __call__(self, scores: Tensor, mask: Tensor | None, counts: Tensor | None) -> Tensor:
         raise NotImplementedError
 
+    def weigh(self, scores: Tensor, mask: Tensor | None, counts: Tensor | None, keys: Tensor) -> Tensor:
+        """What an engine calls: keys int64, broadcastable to the scores, is the position of each column."""
+        return self(scores, mask, counts)
+
 
 @dataclass(frozen=True)
 class Softmax(Normaliser):
@@ -103,6 +107,60 @@ class Linear(Normaliser):
 
 
 @dataclass(frozen=True)
+class Exp(Normaliser):
+    """exp(score), each key on its own, without division: overflows where scores are large."""
+
+    kind: ClassVar[Literal["row", "additive"]] = "additive"
+
+    def __call__(self, scores: Tensor, mask: Tensor | None, counts: Tensor | None) -> Tensor:
+        # exp of a hidden score may overflow, and its slope would then be inf * 0
+        hidden = scores if mask is None else scores.masked_fill(~mask, 0.0)
+        return _hide(torch.exp(hidden), mask)
+
+
+@dataclass(frozen=True)
+class Grouped(Normaliser):
+    """A softmax over representatives, shared out inside the group of each by another softmax.
+
+    Keys stand in groups of `block`, the last of each is its representative. Where a row sees the representative, the
+    keys of the group share its weight by a softmax of their own, and it keeps nothing itself; the keys of a group
+    whose representative is hidden stand for themselves in the outer softmax. A representative without other visible
+    keys in its group takes no part. block: keys, the representative among them, at least 2.
+    """
+
+    mask_value: ClassVar[float] = float("-inf")
+    block: int = 64
+
+    def __post_init__(self) -> None:
+        if self.block < 2:
+            raise OptionError(f"Grouped needs groups of at least 2 keys, not {self.block}")
+
+    def __call__(self, scores: Tensor, mask: Tensor | None, counts: Tensor | None) -> Tensor:
+        return self.weigh(scores, mask, counts, torch.arange(scores.shape[-1], device=scores.device))
+
+    def weigh(self, scores: Tensor, mask: Tensor | None, counts: Tensor | None, keys: Tensor) -> Tensor:
+        keys = keys.expand(scores.shape)
+        seen = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask.expand(scores.shape)
+        # columns stand in ascending order, but some are missing: groups are numbered as they come
+        group = keys // self.block
+        group = F.pad((group[..., 1:] != group[..., :-1]).long().cumsum(-1), (1, 0))
+        shape = tuple(scores.shape)
+        last = (keys + 1) % self.block == 0
+        ordinary = seen & ~last
+        some = _in_groups(ordinary.to(scores.dtype), group, shape, "sum") > 0
+        closed = (_in_groups((seen & last).to(scores.dtype), group, shape, "sum") > 0) & some
+        inside = closed.gather(-1, group)
+        outer = Softmax()(scores, torch.where(inside, seen & last, ordinary), None)
+        shared = _in_groups(outer * (last & inside), group, shape, "sum").gather(-1, group)
+        hidden = scores.masked_fill(~ordinary, float("-inf"))
+        top = _in_groups(hidden.detach(), group, shape, "amax").gather(-1, group)
+        raised = torch.exp(hidden - torch.where(top.isinf(), torch.zeros_like(top), top))
+        total = _in_groups(raised, group, shape, "sum").gather(-1, group)
+        inner = raised / torch.where(total == 0, torch.ones_like(total), total)
+        return torch.where(inside, shared * inner, outer)
+
+
+@dataclass(frozen=True)
 class Sharpen(Normaliser):
     """Re-weights the rows of another normaliser: relu(n_i A - offset)^power, over its sum.
 
@@ -143,6 +201,12 @@ class Sharpen(Normaliser):
 
 
 _PHI: dict[str, Callable[[Tensor], Tensor]] = {"softplus": F.softplus, "exp": torch.exp, "relu": torch.relu}
+
+
+def _in_groups(values: Tensor, group: Tensor, shape: tuple[int, ...], how: str) -> Tensor:
+    if how == "sum":
+        return values.new_zeros(shape).scatter_add(-1, group, values)
+    return values.new_full(shape, float("-inf")).scatter_reduce(-1, group, values, "amax")
 
 
 def _hide(weights: Tensor, mask: Tensor | None) -> Tensor:

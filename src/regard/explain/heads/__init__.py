@@ -1,0 +1,1 @@
+"""What single heads do and what they are worth."""

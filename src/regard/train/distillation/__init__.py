@@ -1,0 +1,1 @@
+"""Training a part on what a frozen model does."""
