@@ -107,12 +107,12 @@ def test_a_stale_library_is_refused_with_its_number(tmp_path, monkeypatch):
     path = library(tmp_path, "int regard_abi() { return 7; }")
     with pytest.raises(OSError, match=rf"its interface is 7, not {version()}"):
         open_library(path)
+    monkeypatch.setattr(native, "_reason", None)
     monkeypatch.setattr(native, "_library", None)
     monkeypatch.setattr(native, "_path", lambda: path)
     assert "another version of regard" in str(native.missing())
     with pytest.raises(Unsupported, match="another version of regard"):
         native.library()
-    monkeypatch.setattr(native, "_reason", None)
 
 
 def test_a_foreign_library_is_refused(tmp_path):

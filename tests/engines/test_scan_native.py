@@ -137,6 +137,17 @@ def test_float32_keeps_its_digits_whatever_was_forgotten_before():
 
 
 @built
+def test_the_rounding_of_what_is_left_of_a_chunk_does_not_add_up():
+    q, k, v = normal((1, 4, 16384, 16), (1, 4, 16384, 16), (1, 4, 16384, 16))
+    g = torch.tensor([-1e-2, -1e-3, -1e-4, -1e-5])
+    want, end = linear_scan(q, k, v, g.double())
+    out, state = linear_scan(q.float(), k.float(), v.float(), g, engine="scan:native")
+    # the factor of a chunk is multiplied once a chunk: its rounding, if the same each time, would add up
+    assert (out - want).norm() / want.norm() < 1e-6
+    assert (state.s - end.s).norm() / end.s.norm() < 1e-6
+
+
+@built
 def test_the_state_of_bfloat16_inputs_is_summed_in_float32():
     q, k, v = normal((1, 2, 4096, 16), (1, 2, 4096, 16), (1, 2, 4096, 16), dtype=torch.bfloat16)
     _, state = linear_scan(q, k, v, engine="scan:native")

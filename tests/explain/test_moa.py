@@ -514,3 +514,18 @@ def test_plans_travel_as_json():
     assert MoAPlan.from_json(plan.to_json()) == plan
     assert set(json.loads(plan.to_json())) == {"alphas", "betas", "block"}
     assert plan.pattern(0, 64).patterns[0] == Causal() & SinkBand(16, 1, plan.band_blocks(0, 64)[0])
+
+
+def test_more_budget_is_nearer_to_the_dense_model():
+    model, (ids, answers) = small(dtype=torch.float32), batch_of(2, 256, answers=200)
+    found = attention_influence(model, [(ids, answers)], block=16)
+    with torch.no_grad():
+        dense = model(ids).log_softmax(-1)
+        apart = []
+        for budget in (0.125, 0.25, 0.4, 0.6, 0.8, 1.0):
+            attend_by(model, fit_moa(found, [256], budget), "block_sparse")
+            masked = model(ids).log_softmax(-1)
+            apart.append(F.kl_div(masked, dense, log_target=True, reduction="none").sum(-1).mean().item())
+            for block in model.blocks:
+                del block.mixer.attend
+    assert apart == sorted(apart, reverse=True) and apart[-1] < 1e-6 < apart[-2]

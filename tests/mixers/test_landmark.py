@@ -7,8 +7,10 @@ import torch
 
 import regard
 from regard import LandmarkAttention, OptionError, ShapeError, Unsupported, insert_landmarks
+from regard.models.sequence.shell import SequenceModel, SequenceSettings
 from regard.primitives.positions import rope
 from regard.primitives.state import State
+from tests.notes import IGNORED, VOCAB, answered, note_rows, train_on
 from tests.oracles import normal, softmax_row
 
 
@@ -206,3 +208,79 @@ def test_inserted_landmarks_are_where_the_op_looks_for_them():
 def test_bad_settings_are_refused(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+BLOCK, MARK = 15, VOCAB
+
+
+def with_landmarks(ids, targets):
+    """Landmarks among the tokens; a token before a landmark has no target, since the landmark comes next."""
+    place = torch.arange(ids.shape[1])
+    place = place + place // BLOCK
+    marked = insert_landmarks(ids, BLOCK, MARK)
+    wanted = torch.full_like(marked, IGNORED)
+    wanted[:, place] = targets
+    wanted[:, BLOCK - 1 :: BLOCK + 1] = IGNORED
+    return marked, wanted
+
+
+def reader(name, **options):
+    """A short convolution and two layers of attention; every attention has the same weights by name."""
+    torch.manual_seed(0)
+    settings = SequenceSettings(
+        vocab=VOCAB + 1, dim=64, depth=3, heads=2, mixer=("short_conv", name, name), options={name: options}, hidden=0
+    )
+    return SequenceModel(settings)
+
+
+def educated(stages, make_model, marked):
+    """(the model, running accuracy and steps of each stage); stages (length, notes and asks, tokens, steps, stop, lr)."""
+    made, figures = None, {}
+    for number, (length, notes, tokens, steps, stop, lr, options) in enumerate(stages):
+        before, made = made, make_model(**options)
+        if before is not None:
+            made.load_state_dict(before.state_dict())
+
+        def make(step, length=length, notes=notes, rows=tokens // length, number=number):
+            ids, targets = note_rows(rows, length, notes=notes, asks=notes, seed=step + 10**5 * number)
+            return with_landmarks(ids, targets) if marked else (ids, targets)
+
+        figures[f"{length} tokens {options or ''}".strip()] = train_on(made, make, steps, lr=lr, stop=stop)
+    return made, figures
+
+
+def far_rows(rows, length, notes=8):
+    """Notes in the first three quarters, one asked at the end."""
+    return note_rows(rows, length, notes=notes, until=length * 3 // 4, seed=10**7)
+
+
+@pytest.mark.slow
+def test_trained_on_256_tokens_it_finds_a_note_among_4096(record):
+    short = [(14, 3, 1024, 600, 0.95, 3e-3, {}), (30, 4, 2048, 400, 0.97, 3e-3, {}), (60, 8, 2048, 400, 0.9, 3e-3, {})]
+    long = [(240, 8, 4096, 300, 0.99, 3e-3, {})]
+    made, stages = educated(
+        [*short, *long, (240, 8, 4096, 150, 0.95, 2e-3, {"topk": 2})],
+        lambda **o: reader("landmark", block=BLOCK, **o),
+        True,
+    )
+    local, local_stages = educated([*short, *long], lambda **o: reader("softmax", **o), False)
+    figures = {
+        "task": "8 notes in the first three quarters, one asked at the end; chance among them 0.125",
+        "landmark, running accuracy and steps": stages,
+        "local cache, running accuracy and steps": local_stages,
+    }
+    window = reader("sliding_window", window=240)
+    for length, rows in ((240, 128), (3838, 64)):
+        ids, targets = far_rows(rows, length)
+        asked = with_landmarks(ids, targets)
+        for positions in ("stingy", "true"):
+            best = reader("landmark", block=BLOCK, topk=2, positions=positions)
+            best.load_state_dict(made.state_dict())
+            if positions == "stingy" or length == 240:
+                figures[f"landmark, topk=2, {positions} places, {asked[0].shape[1]} tokens"] = answered(best, *asked)
+        window.load_state_dict(local.state_dict())
+        figures[f"local cache of 240 tokens, {length} tokens"] = answered(window, ids, targets)
+    record(figures)
+    assert figures["landmark, topk=2, stingy places, 4093 tokens"] >= 0.9
+    assert figures["local cache of 240 tokens, 240 tokens"] >= 0.9
+    assert figures["local cache of 240 tokens, 3838 tokens"] <= 0.2

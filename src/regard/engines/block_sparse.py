@@ -56,12 +56,13 @@ def block_sparse(
     """Attend to the pairs of a pattern, of a layout or of a router's selection; see the module for the order.
 
     q (B, H, N, D), k (B, G, M, D), v (B, G, M, E), H a multiple of G. pattern: all pairs if None; a layout carries its
-    own q_offset. bias: broadcastable to (B, H, N, M) and never spread, with gradient; -inf hides. indexed: biases read
-    from tables. scale: D^-1/2 if None. q_offset: position of the first query. sinks: (B|1, H|1, N|1), the logit of a
-    key without value, for softmax. extra_k (B, G, X, D), extra_v (B, G, X, E): keys that every query sees, in the same
-    normalisation; no bias reaches them. dropout_p: share of the weights that is dropped, by seed (drawn from torch's
-    generator if None), batch row, head and positions alone. lse (B, H, N), float32 (float64 for float64), with
-    gradient: the log-sum-exp of the softmax scores, extra keys and sinks included, -inf for a row of nothing.
+    own q_offset. bias: broadcastable to (B, H, N, M) and never spread, with gradient; -inf hides, and in the native
+    kernels so does anything below -1e20. indexed: biases read from tables. scale: D^-1/2 if None. q_offset: position
+    of the first query. sinks: (B|1, H|1, N|1), the logit of a key without value, for softmax. extra_k (B, G, X, D),
+    extra_v (B, G, X, E): keys that every query sees, in the same normalisation; no bias reaches them. dropout_p: share
+    of the weights that is dropped, by seed (drawn from torch's generator if None), batch row, head and positions
+    alone. lse (B, H, N), float32 (float64 for float64), with gradient: the log-sum-exp of the softmax scores, extra
+    keys and sinks included, -inf for a row of nothing.
     First derivatives only; `engine="reference"` has all. Raises ShapeError, OptionError; Unsupported with reasons.
     """
     tensors = (q, k, v)

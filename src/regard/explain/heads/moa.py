@@ -5,9 +5,9 @@
 E is the change of the loss, to first order in the head's output, when A_ij goes and its row is normalised again; where
 nothing is left in the row, E_ij = -G_ij A_ij. A rule (alpha, beta) gives a head one block of sinks and a band of
 alpha + beta N tokens; its predicted loss is the sum of E over what it masks. A mixed integer programme chooses the rules.
-Departs from the released code: 1 - A_ij is summed from what is left, without an eps; every rule set has the narrowest
-rule (block, 0); there is no lower bound on the density; Pareto points have upper bounds only and are never dominated
-at equal first loss; HiGHS solves, not Gurobi.
+Departs from the released code: 1 - A_ij is summed from what is left, without an eps; the grid also has the narrowest
+rule (block, 0); there is no lower bound on the density (there 0.9 of the budget); the other losses have upper limits
+only; HiGHS solves, not Gurobi.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class RuleChoice:
 
     losses: float64 (lengths, heads of all layers, rules). seen: blocks that a rule sees at each length of the budget
     (lengths, rules), of `blocks` there are. budget: mean of seen / blocks over the heads. layers: of the heads.
-    distinct: most rules in a layer, None for any number. gap: relative, at which the solver
-    may stop. Raises MissingExtra.
+    distinct: most rules in a layer, None for any number. gap: relative, at which the solver may stop. Raises
+    MissingExtra.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class RuleChoice:
         self.within = [*self.structure, self._rows(self._wide(self.sparse.kron(every, np.asarray(seen))), room)]
 
     def front(self) -> list[NDArray[np.int64]]:
-        """The rules of all heads (heads,) for each plan that no other is better than; empty if none is in budget."""
+        """The rules of all heads (heads,) for each plan that no other found beats; empty if none is in budget."""
         unlimited = np.full(self.lengths, np.inf)
-        found = [self._best(first, unlimited) for first in range(self.lengths)]
+        found = [self._choose(first, unlimited) for first in range(self.lengths)]
         ends = [choice for choice in found if choice is not None]
         if len(ends) < self.lengths:
             return []
@@ -97,18 +97,12 @@ class RuleChoice:
                 (limits <= given).all() and (choice is None or (self._value(choice) <= limits + _SLACK).all())
                 for given, choice in tried
             ):
-                tried.append((limits, self._best(first, limits)))
+                tried.append((limits, self._choose(first, limits)))
         return [choice for _, choice in tried if choice is not None]
 
-    def _best(self, first: int, limits: NDArray[np.float64]) -> NDArray[np.int64] | None:
-        """The rules with the least loss at one length within limits at all; among equals the least sum of losses."""
-        choice = self._choose(self.losses[first], limits)
-        if choice is None or self.lengths == 1:
-            return choice
-        better = self._choose(self.losses.sum(0), np.minimum(limits, self._value(choice)))
-        return choice if better is None else better
-
-    def _choose(self, cost: NDArray[np.float64], limits: NDArray[np.float64]) -> NDArray[np.int64] | None:
+    def _choose(self, first: int, limits: NDArray[np.float64]) -> NDArray[np.int64] | None:
+        """The rules with the least loss at one length within limits (lengths,) at all; None if there are none."""
+        cost = self.losses[first]
         limited = np.isfinite(limits)
         rows = list(self.within)
         if limited.any():
