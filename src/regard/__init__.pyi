@@ -68,6 +68,8 @@ from regard.models.vision.dinat import DiNAT as DiNAT
 from regard.models.vision.dinat import DiNATSettings as DiNATSettings
 from regard.models.vision.halonet import HaloNet as HaloNet
 from regard.models.vision.halonet import HaloNetSettings as HaloNetSettings
+from regard.models.vision.vit import ViT as ViT
+from regard.models.vision.vit import ViTSettings as ViTSettings
 from regard.ops.attend import attend as attend
 from regard.ops.based import taylor_linear_attention as taylor_linear_attention
 from regard.ops.based import taylor_linear_attention_step as taylor_linear_attention_step

@@ -61,8 +61,13 @@ def mixer_entry(name: str) -> Entry:
 
 
 def model(name: str, **options: Any) -> Any:
-    """A new model by slug. options: fields of its settings. Raises UnknownName, OptionError."""
-    return _build(find(name, "models").load(), name, **options)
+    """A new model by slug. options: fields of its settings that differ from the first of its `SIZES`, or its keywords.
+
+    Raises UnknownName, OptionError.
+    """
+    entry = find(name, "models")
+    make, sizes = entry.load(), _sizes(entry)
+    return make(_changed(name, next(iter(sizes.values())), options)) if sizes else _build(make, name, **options)
 
 
 def build(name: str, **changes: Any) -> Any:
@@ -70,25 +75,28 @@ def build(name: str, **changes: Any) -> Any:
 
     Raises UnknownName; OptionError for fields that the settings do not have.
     """
-    import sys
-
-    owners = [e for e in catalogue().values() if e.room == "models" and name.startswith(e.card.slug)]
+    entries = [e for e in catalogue().values() if e.room == "models"]
+    # a size is mostly called after its model, which spares loading the others
+    entries.sort(key=lambda e: not name.startswith(e.card.slug))
     known: list[str] = []
-    for entry in owners:
-        make = entry.load()
-        sizes = getattr(sys.modules[entry.module], "SIZES", {})
+    for entry in entries:
+        make, sizes = entry.load(), _sizes(entry)
         if name in sizes:
-            fields = [f.name for f in dataclasses.fields(sizes[name])]
-            for field in changes:
-                if field not in fields:
-                    raise OptionError(f"{name} has no {field!r}{near(field, fields)}; it has {', '.join(fields)}")
-            return make(dataclasses.replace(sizes[name], **changes))
+            return make(_changed(name, sizes[name], changes))
         known += sizes
-    models = sorted(e.card.slug for e in catalogue().values() if e.room == "models")
-    raise UnknownName(
-        f"no model has the size {name!r}{near(name, known)}; "
-        + (f"there are {', '.join(known)}" if known else f"the models are {', '.join(models)}")
-    )
+    raise UnknownName(f"no model has the size {name!r}{near(name, known)}; there are {', '.join(known)}")
+
+
+def _sizes(entry: Entry) -> dict[str, Any]:
+    return getattr(import_module(entry.module), "SIZES", {})
+
+
+def _changed(name: str, settings: Any, changes: dict[str, Any]) -> Any:
+    fields = [f.name for f in dataclasses.fields(settings)]
+    for field in changes:
+        if field not in fields:
+            raise OptionError(f"{name} has no {field!r}{near(field, fields)}; it has {', '.join(fields)}")
+    return dataclasses.replace(settings, **changes)
 
 
 def task(name: str, **options: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from regard.contract.card import ModelCard
 from regard.contract.errors import OptionError, ShapeError
 from regard.contract.names import mixer as make_mixer
 from regard.contract.names import mixer_entry
@@ -24,6 +25,16 @@ from regard.layers.conv_blocks import DropPath, LayerScale
 from regard.layers.feed_forward import Mlp
 from regard.layers.patches import PatchEmbed, PositionTable
 from regard.models.vision.skeleton import load_external
+
+CARD = ModelCard(
+    slug="vit",
+    title="Vision transformer, DeiT-shaped",
+    baseline=True,
+    exports=("ViT", "ViTSettings"),
+    example="b=2 c=3 y=16 x=16",
+    options={"image": (16, 16), "patch": 8, "dim": 16, "depth": 2, "heads": 2, "drop_path": 0.0, "classes": 5},
+    task="images to logits",
+)
 
 
 @dataclass(frozen=True)
