@@ -38,7 +38,7 @@ def test_a_size_is_built_by_name_with_changes():
     assert model.settings == replace(SIZES["dinat_s_tiny"], classes=7)
     with pytest.raises(UnknownName, match=r"dinat_tinny.*did you mean 'dinat_tiny'"):
         regard.build("dinat_tinny")
-    with pytest.raises(UnknownName, match=r"the models are .*dinat"):
+    with pytest.raises(UnknownName, match=r"there are .*dinat_tiny"):
         regard.build("resnet50")
     with pytest.raises(OptionError, match=r"no 'clases'.*'classes'"):
         regard.build("dinat_tiny", clases=7)
