@@ -38,7 +38,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def test_import_takes_less_than_three_tenths_of_a_second():
-    code = "import time; t = time.perf_counter(); import regard; print(time.perf_counter() - t)"
+    code = "import time; t = time.process_time(); import regard; print(time.process_time() - t)"
     assert min(python(code) for _ in range(3)) < 0.3
 
 
