@@ -84,7 +84,7 @@ class BlockLayout:
         full = entry.tile == 0
         tall = (self.n - entry.row * self.block_q).clamp(max=self.block_q)
         wide = (self.m - entry.column * self.block_k).clamp(max=self.block_k)
-        held = _unpack(self.bits, self.block_k).flatten(1).sum(1)
+        held = _COUNTS.to(self.bits.device)[_bytes(self.bits).flatten(1).int()].sum(1)
         return int((tall * wide)[full].sum()) + int(held[entry.tile[~full].long() - 1].sum())
 
     def dense(self) -> Tensor:
@@ -469,20 +469,18 @@ def _merge(a: BlockLayout, b: BlockLayout, *, union: bool) -> BlockLayout:
     kinds, kind = torch.unique(pair, return_inverse=True)
     edge, kinds = kinds % 4, kinds // 4
     left, right = kinds // (len(b.bits) + 2) - 1, kinds % (len(b.bits) + 2) - 1
-    x, y = (
-        _with_trivial(_unpack(a.bits, wide), left, tall, wide),
-        _with_trivial(_unpack(b.bits, wide), right, tall, wide),
-    )
+    every = pack(torch.ones(1, 1, wide, dtype=torch.bool, device=key.device))
+    x, y = _with_trivial(a.bits, left, every), _with_trivial(b.bits, right, every)
     held = x | y if union else x & y
     full = ((left == 0) | (right == 0)) if union else ((left == 0) & (right == 0))
-    some = held.flatten(1).any(1) | full
+    some = (held != 0).flatten(1).any(1) | full
     # a union of partial tiles may be full
     outside_q = torch.arange(tall, device=key.device) >= torch.where(edge >= 2, a.n - (rows - 1) * tall, tall)[:, None]
-    outside_k = (
-        torch.arange(wide, device=key.device) >= torch.where(edge % 2 == 1, a.m - (columns - 1) * wide, wide)[:, None]
-    )
-    full = full | (held | outside_q[:, :, None] | outside_k[:, None]).flatten(1).all(1)
-    number, bits = _distinct(pack(held), some & ~full)
+    last_m = a.m - (columns - 1) * wide
+    outside_k = torch.arange(wide, device=key.device) >= torch.where(edge % 2 == 1, last_m, wide)[:, None]
+    behind = torch.where(outside_q[:, :, None], every, 0) | pack(outside_k[:, None])
+    full = full | ((held | behind) == every).flatten(1).all(1)
+    number, bits = _distinct(held, some & ~full)
     tile = number.masked_fill(~some, -1)[kind]
     stays = tile >= 0
     return from_entries(key[stays], tile[stays], bits, batch, heads, (a.n, a.m, a.q_offset), (tall, wide))
@@ -518,14 +516,21 @@ def _look_up(key: Tensor, table: Tensor, tile: Tensor) -> Tensor:
     return torch.where(place >= 0, tile[place], -1) if len(table) else place
 
 
-def _with_trivial(held: Tensor, tile: Tensor, tall: int, wide: int) -> Tensor:
-    trivial = torch.stack((held.new_zeros(tall, wide), held.new_ones(tall, wide)))
-    return torch.cat((trivial, held))[tile + 1]
+def _with_trivial(bits: Tensor, tile: Tensor, every: Tensor) -> Tensor:
+    """The words of tiles by number, -1 nothing and 0 everything."""
+    whole = every.expand(1, *bits.shape[1:])
+    return torch.cat((torch.zeros_like(whole), whole, bits))[tile + 1]
 
 
 def _unpack(bits: Tensor, keys: int) -> Tensor:
-    shifts = torch.arange(WORD, device=bits.device)
-    return ((bits.unsqueeze(-1) >> shifts) & 1).bool().flatten(2)[:, :, :keys]
+    # bytes move an eighth of what words do
+    places = 2 ** torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (_bytes(bits).unsqueeze(-1) & places).ne(0).flatten(2)[:, :, :keys]
+
+
+def _bytes(bits: Tensor) -> Tensor:
+    # an empty tensor may have strides that no view takes
+    return bits.contiguous().view(torch.uint8) if bits.numel() else bits.byte().repeat(1, 1, 8)
 
 
 def _narrow(x: Tensor, below: int) -> Tensor:
@@ -543,4 +548,6 @@ def _blocks(length: int, size: int) -> int:
     return -(-length // size)
 
 
+# how many bits of a byte are set
+_COUNTS = torch.tensor([byte.bit_count() for byte in range(256)])
 _INDICES = ("crow", "col", "tile", "crow_t", "row_t", "tile_t")

@@ -8,6 +8,7 @@ carry no gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -94,10 +95,12 @@ class BlockSelection:
         if tall % block[0] == 0 and wide % block[1] == 0:
             chosen = _whole_tiles(slab, row, index, (tall // block[0], wide // block[1]), indices.shape, sizes, block)
         else:
-            rows = (row[:, None] * tall + torch.arange(tall, device=row.device)).flatten()
-            inside = rows < n
-            first = (index * wide).repeat_interleave(tall)[inside]
-            runs = _Runs(slab.repeat_interleave(tall)[inside], rows[inside], first, (first + wide).clamp(max=m), wide)
+            # rows that no edge of a block or tile parts read the same keys
+            unit = math.gcd(tall, block[0])
+            lines = (row[:, None] * (tall // unit) + torch.arange(tall // unit, device=row.device)).flatten()
+            inside = lines * unit < n
+            slab, first = (x.repeat_interleave(tall // unit)[inside] for x in (slab, index * wide))
+            runs = _Runs(slab, lines[inside], first, (first + wide).clamp(max=m), wide, unit)
             chosen = _tiles_of_runs(runs, indices.shape, sizes, block)
         return _limited_layout(chosen, self.force, self.within)
 
@@ -137,7 +140,7 @@ class TokenSelection:
         _check_range(self.indices, m, f"{m} keys")
         indices = _to_heads(self.indices, heads)
         slab, row, _, index = _slots(indices)
-        chosen = _tiles_of_runs(_Runs(slab, row, index, index + 1, 1), indices.shape, (n, m, q_offset), block)
+        chosen = _tiles_of_runs(_Runs(slab, row, index, index + 1, 1, 1), indices.shape, (n, m, q_offset), block)
         return _limited_layout(chosen, self.force, self.within)
 
 
@@ -223,13 +226,14 @@ class Permuted:
 
 @dataclass(frozen=True)
 class _Runs:
-    """Runs of keys first..last-1 of a row, no run longer than `longest`; slab = b * H' + h."""
+    """Runs of keys first..last-1, none longer than `longest`, read by `unit` rows; line = row // unit, slab = b * H' + h."""
 
     slab: Tensor
-    row: Tensor
+    line: Tensor
     first: Tensor
     last: Tensor
     longest: int
+    unit: int
 
 
 def _whole_tiles(
@@ -256,8 +260,9 @@ def _whole_tiles(
 def _tiles_of_runs(
     runs: _Runs, shape: Sequence[int], sizes: tuple[int, int, int], block: tuple[int, int]
 ) -> BlockLayout:
-    (tall, wide), (n, m, _) = block, sizes
-    rows, columns, words = _ceil(n, tall), _ceil(m, wide), _ceil(wide, 64)
+    (tall, wide), (n, m, _), unit = block, sizes, runs.unit
+    rows, columns, words, lines = _ceil(n, tall), _ceil(m, wide), _ceil(wide, 64), tall // unit
+    height = (n - runs.line * unit).clamp(max=unit)
     parts = []
     # a run reaches over so many tiles at most
     for ahead in range((runs.longest + wide - 2) // wide + 1):
@@ -265,19 +270,20 @@ def _tiles_of_runs(
         first = (runs.first - column * wide).clamp(min=0)
         last = (runs.last - column * wide).clamp(max=wide)
         there = first < last
-        key = (runs.slab * rows + runs.row // tall) * columns + column
-        parts.append(torch.stack((key, runs.row % tall, first, last))[:, there])
-    key, line, first, last = torch.cat(parts, 1)
+        key = (runs.slab * rows + runs.line // lines) * columns + column
+        parts.append(torch.stack((key, runs.line % lines, first, last, height))[:, there])
+    key, line, first, last, height = torch.cat(parts, 1)
     tiles, slot = torch.unique(key, return_inverse=True)
-    held = key.new_zeros(len(tiles) * tall * words)
+    held = key.new_zeros(len(tiles) * lines * words)
     for word in range(words):
         mask = _below((last - 64 * word).clamp(0, 64)) & ~_below((first - 64 * word).clamp(0, 64))
-        held.index_add_(0, (slot * tall + line) * words + word, mask)
-    held = held.view(len(tiles), tall, words)
-    number, bits = distinct_tiles(held, _valid_words(tiles, rows, columns, sizes, block))
+        held.index_add_(0, (slot * lines + line) * words + word, mask)
+    every = _valid_words(tiles, rows, columns, sizes, block)
+    held = held.view(len(tiles), lines, words).repeat_interleave(unit, 1) & every
+    number, bits = distinct_tiles(held, every)
     found = from_entries(tiles, number, bits, shape[0], shape[1], sizes, block)
     # words were added: a key that is named twice carries, and bits are lost
-    if found.pairs() != int((last - first).sum()):
+    if found.pairs() != int(((last - first) * height).sum()):
         raise OptionError(_TWICE)
     return found
 
