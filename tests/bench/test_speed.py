@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regard.bench.results import Results
+from regard.bench.speed import measure as speed
 from regard.bench.speed.measure import default_works, layout_times, measure, option_works
 from regard.bench.speed.page import row, write_page
 from regard.bench.speed.work import Work
@@ -60,7 +61,7 @@ def test_every_rival_is_timed_or_says_why_not_and_a_second_run_measures_nothing(
     assert causal["refused"]["masked SDPA"] == "needs no mask"
     assert set(window["ms"]) >= ours | {"masked SDPA"}
     assert "no backward pass" in window["refused"]["FlexAttention"]
-    assert decode["bytes_per_s"]["torch SDPA"] > 0
+    assert decode["gb_per_s"]["torch SDPA"] > 0
     for line in lines.values():
         assert all(t > 0 for t in line["ms"].values())
         assert line["clock"] == ("process CPU time" if torch.get_num_threads() == 1 else "wall time")
@@ -106,3 +107,20 @@ def test_the_command_prints_json_lines(tmp_path, capfd):
 def test_bad_options_are_one_line(words, capfd, tmp_path):
     assert main(["speed", *words, f"--out={tmp_path}"]) == 2
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_needs_no_rivals_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "layout_times", lambda n: {"Causal": 1.0})
+    monkeypatch.setattr(speed, "memory", lambda work, name: {"ratio": 1.0})
+    results = Results(tmp_path / "speed.jsonl")
+    speed.measure_once(results)
+    speed.measure_once(results)
+    assert [line["kind"] for line in results.lines] == ["layout", "memory"]
+
+
+def test_the_memory_of_a_call_is_held_against_its_tensors():
+    line = speed.memory(Work("window:64", 4096, heads=2, backward=True), "block_sparse:torch")
+    # inputs and their gradients, output and its gradient
+    assert line["needed_bytes"] == 8 * 4096 * 2 * 64 * 4
+    # the process's peak cannot be below what the call returns and keeps
+    assert line["ratio"] is None or line["ratio"] > 0.5

@@ -57,7 +57,7 @@ def run(given: argparse.Namespace) -> int:
         table.add_column(header, justify="right" if place in (2, 3) else "left")
     for line in results.of("timing"):
         shown = row(line)
-        share = f"{shown['bytes_per_s']} GB/s" if shown["bytes_per_s"] else shown["share"]
+        share = f"{shown['gb_per_s']} GB/s" if shown["gb_per_s"] else shown["share"]
         others = ", ".join(f"{name} {ratio}" for name, ratio in shown["ratios"].items())
         table.add_row(shown["work"], shown["engine"] or "none", str(shown["ms"]), str(share), others)
     console.print(table)

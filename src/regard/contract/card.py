@@ -69,6 +69,7 @@ class OpCard(Card):
     decode: "" no, "kv" by keeping keys and values, "state" by a sibling `<slug>_step`.
     gradient: gradients of q, k, v are checked in float64. time, memory: growth in the spec's letters.
     engines: the engine families that run it, best first. mixer: settings of the attention layer that wraps it.
+    reach: the option that says how many of the last keys a query reads at most, which bounds the layer's cache.
     """
 
     kind: ClassVar[str] = "op"
@@ -89,6 +90,7 @@ class OpCard(Card):
     memory: str = ""
     engines: tuple[str, ...] = ()
     mixer: dict[str, Any] = field(default_factory=dict)
+    reach: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ LIBRARY.define(
 
 def cannot(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
     """Why the kernels cannot run a call; tensors without data are taken to stand for some on the CPU."""
-    return outside_transforms(q, kernels.cannot(q, k, v))
+    return outside_transforms(kernels.cannot(q, k, v))
 
 
 def scan(

@@ -23,10 +23,8 @@ native.missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cannot(call: Call) -> list[str]:
-    """Why the kernels cannot run a call; tensors without data are taken to stand for some on the CPU."""
+    """Why the kernels cannot run a call."""
     reasons = kernels.cannot(call.q, call.k, call.v, call.normaliser)
-    if call.q.is_meta:
-        reasons = [r for r in reasons if not r.startswith("the tensors are on meta")]
     if len(call.indexed) > INDEXED:
         reasons.append(f"there are {len(call.indexed)} indexed biases, more than {INDEXED}")
     return reasons

@@ -29,14 +29,12 @@ torch.compiler.assume_constant_result(kernels.missing)
 
 
 def cannot(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> list[str]:
-    """Why the kernels cannot run a call; tensors without data are taken to stand for some on the CPU."""
-    return outside_transforms(q, kernels.cannot(q, k, v, g))
+    """Why the kernels cannot run a call."""
+    return outside_transforms(kernels.cannot(q, k, v, g))
 
 
-def outside_transforms(q: Tensor, reasons: list[str]) -> list[str]:
+def outside_transforms(reasons: list[str]) -> list[str]:
     """The reasons of a kernel, and those of a function that runs in no transform."""
-    if q.is_meta:
-        reasons = [r for r in reasons if not r.startswith("the tensors are on meta")]
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
             reasons.append("a transform of torch.func is active")

@@ -181,8 +181,7 @@ class OpAttention(Attention):
         super().__init__(dim, heads, **layer)
         self.op, self.options = op, options
         self.crosses = "cross" in card.attends
-        # a window that all pairs keep to bounds what the cache must hold
-        self.reach = options.get("window")
+        self.reach = options.get(card.reach)
         if self.reach is not None:
             # refuses a window below 1 here, not at the first call
             SlidingWindow(self.reach)

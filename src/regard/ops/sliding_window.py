@@ -26,6 +26,7 @@ CARD = OpCard(
     padding=True,
     documents=True,
     decode="kv",
+    reach="window",
     time="n w",
     memory="n",
     engines=("dense", "block_sparse"),

@@ -57,7 +57,7 @@ def measure(
     """
     if "machine" not in results:
         results.add({"kind": "machine", "key": "machine", **limits(), "fma_gflops": rates()})
-    slow: dict[tuple[str, str], float] = {}
+    slow: dict[tuple[str, str], tuple[int, float]] = {}
     for place, work in enumerate(works, 1):
         if work.key not in results:
             results.add(
@@ -117,15 +117,19 @@ def memory(work: Work, name: str) -> dict[str, Any]:
     return {"peak_bytes": total, "needed_bytes": needed, "ratio": None if total is None else round(total / needed, 3)}
 
 
-def _time(work: Work, engines: tuple[str, ...], slow: dict[tuple[str, str], float], limit_s: float) -> dict[str, Any]:
+def _time(
+    work: Work, engines: tuple[str, ...], slow: dict[tuple[str, str], tuple[int, float]], limit_s: float
+) -> dict[str, Any]:
     leaves = work.tensors()
+    kind = work.key.replace(f" {work.length} ", " ", 1)
     with torch.set_grad_enabled(work.backward):
         ready: dict[str, Attention] = {}
         refused: dict[str, str] = {}
         first: dict[str, float] = {}
         for rival in rivals(engines):
-            kind = (rival.name, work.key.replace(f" {work.length} ", " ", 1))
-            if slow.get(kind, 0.0) > limit_s:
+            length, seconds = slow.get((rival.name, kind), (work.length, 0.0))
+            # pairs grow with the square of the length
+            if seconds * (work.length / length) ** 2 > limit_s:
                 refused[rival.name] = f"would take longer than {limit_s:.0f} s"
                 continue
             try:
@@ -137,9 +141,7 @@ def _time(work: Work, engines: tuple[str, ...], slow: dict[tuple[str, str], floa
                 continue
             ready[rival.name] = attention
         times = _in_turns({name: _work_of(work, run, leaves) for name, run in ready.items()})
-        # four times the pairs at twice the length
-        for name, seconds in times.items():
-            slow[name, work.key.replace(f" {work.length} ", " ", 1)] = 4 * seconds
+        slow.update({(name, kind): (work.length, seconds) for name, seconds in times.items()})
     flops = work.flops()
     rate = rates().get(work.dtype)
     share = {} if rate is None else {n: round(flops / t / 1e9 / rate, 3) for n, t in times.items()}
@@ -150,7 +152,7 @@ def _time(work: Work, engines: tuple[str, ...], slow: dict[tuple[str, str], floa
         "ms": {name: round(t * 1e3, 4) for name, t in times.items()},
         "share": share,
         "refused": refused,
-        "bytes_per_s": {
+        "gb_per_s": {
             n: round((work.length * work.heads * work.dim * 2 * leaves[1].element_size()) / t / 1e9, 2)
             for n, t in times.items()
         }

@@ -43,7 +43,7 @@ def row(line: dict[str, Any]) -> dict[str, Any]:
         "engine": best,
         "ms": ours.get(best) if best else None,
         "share": line["share"].get(best) if best else None,
-        "bytes_per_s": line["bytes_per_s"].get(best) if best else None,
+        "gb_per_s": line["gb_per_s"].get(best) if best else None,
         "ratios": {name: round(t / ours[best], 2) for name, t in others.items()} if best else {},
         "refused": line["refused"],
     }

@@ -12,6 +12,7 @@ import os
 from importlib.resources import files
 
 import torch
+from torch import Tensor
 
 from regard.contract.errors import OptionError, Unsupported
 from regard.engines.native.abi import DTYPES, ERRORS, ISAS, open_library
@@ -31,6 +32,28 @@ def missing() -> str | None:
         except OSError as error:
             _reason = str(error)
     return _reason
+
+
+def outside(q: Tensor, k: Tensor, v: Tensor, widest: int) -> list[str]:
+    """Why no kernel takes such q, k, v; tensors without data are taken to stand for some on the CPU."""
+    reasons = []
+    devices = {x.device.type for x in (q, k, v)}
+    if devices not in ({"cpu"}, {"meta"}):
+        reasons.append(f"the tensors are on {', '.join(sorted(devices))}, not on the CPU")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        reasons.append(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, not all float32, bfloat16 or float16")
+    for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
+        if not 1 <= width <= widest:
+            reasons.append(f"the head width of {name} is {width}, not 1 to {widest}")
+    return reasons
+
+
+def refuse(kernels: str, reasons: list[str], q: Tensor) -> None:
+    """Raise Unsupported if there are reasons, or no data to point at."""
+    if q.is_meta:
+        reasons = [*reasons, "the tensors have no data"]
+    if reasons:
+        raise Unsupported(f"the native {kernels} cannot run this: {'; '.join(reasons)}")
 
 
 def library() -> ctypes.CDLL:

@@ -26,18 +26,10 @@ _L1 = {"softplus": 2, "exp": 3, "relu": 4}
 
 
 def cannot(q: Tensor, k: Tensor, v: Tensor, normaliser: Normaliser | None = None) -> list[str]:
-    """Why the kernels cannot run such a call; empty if they can."""
-    reasons = []
+    """Why the kernels cannot run such a call; tensors without data are taken to stand for some on the CPU."""
     missing = native.missing()
-    if missing:
-        reasons.append(missing)
-    if {q.device.type, k.device.type, v.device.type} != {"cpu"}:
-        reasons.append(f"the tensors are on {q.device}, not on the CPU")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        reasons.append(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, not all float32, bfloat16 or float16")
-    for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
-        if not 1 <= width <= WIDEST:
-            reasons.append(f"the head width of {name} is {width}, not 1 to {WIDEST}")
+    reasons = [missing] if missing else []
+    reasons += native.outside(q, k, v, WIDEST)
     if normaliser is not None and type(normaliser) not in (Softmax, Sigmoid, L1, ReLUOverN, Linear):
         reasons.append(f"there is no kernel for the normaliser {type(normaliser).__name__}")
     return reasons
@@ -151,8 +143,7 @@ class _Call:
             reasons.append("sinks belong to Softmax")
         if len(indexed) > INDEXED:
             reasons.append(f"there are {len(indexed)} indexed biases, more than {INDEXED}")
-        if reasons:
-            raise Unsupported(f"the native block-sparse kernels cannot run this: {'; '.join(reasons)}")
+        native.refuse("block-sparse kernels", reasons, q)
         _check(q, k, v, layout)
         self.scale = q.shape[-1] ** -0.5 if scale is None else scale
         self.q, self.k, self.v = (_padded(_contiguous_rows(x), x.shape[-1]) for x in (q, k, v))

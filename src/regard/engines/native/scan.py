@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regard.contract.errors import Unsupported
 from regard.engines import native
 from regard.engines.native.abi import DTYPES
 
@@ -55,18 +54,10 @@ def missing() -> str | None:
 
 
 def cannot(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> list[str]:
-    """Why the kernels cannot run such a call; empty if they can."""
-    reasons = []
+    """Why the kernels cannot run such a call; tensors without data are taken to stand for some on the CPU."""
     reason = missing()
-    if reason:
-        reasons.append(reason)
-    if {q.device.type, k.device.type, v.device.type} != {"cpu"}:
-        reasons.append(f"the tensors are on {q.device}, not on the CPU")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        reasons.append(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, not all float32, bfloat16 or float16")
-    for name, width in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
-        if not 1 <= width <= WIDEST:
-            reasons.append(f"the width of {name} is {width}, not 1 to {WIDEST}")
+    reasons = [reason] if reason else []
+    reasons += native.outside(q, k, v, WIDEST)
     if g is not None and g.dim() == 4:
         reasons.append("the decay is by key channel")
     return reasons
@@ -137,9 +128,7 @@ class Prepared:
         isa: str | None,
         beta: Tensor | None = None,
     ) -> None:
-        reasons = cannot(q, k, v, g)
-        if reasons:
-            raise Unsupported(f"the native scan cannot run this: {'; '.join(reasons)}")
+        native.refuse("scan", cannot(q, k, v, g), q)
         # what the problem points to must live as long as the call
         self.q, self.k, self.v = (aligned(x) for x in (q, k, v))
         self.g = None if g is None else g.float()
