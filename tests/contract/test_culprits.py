@@ -17,6 +17,8 @@ STRUCTURE = {
     "mixer": ("module_is_described", "signature_of_forward", "tokens_to_tokens"),
     "task": ("rows_are_labelled",),
     "model": ("model_runs",),
+    "parallel": ("splits_by_group",),
+    "intervention": ("is_a_frozen_value",),
 }
 
 
@@ -54,7 +56,8 @@ def test_culprit_is_caught(path):
 
 @pytest.mark.parametrize("check", checks(), ids=lambda check: f"{check.kind}-{check.name}")
 def test_check_has_a_culprit(check):
-    folder = {"op": "ops", "mixer": "mixers", "task": "tasks", "model": "models"}[check.kind]
+    plural = {"op": "ops", "mixer": "mixers", "task": "tasks", "model": "models", "intervention": "steer"}
+    folder = plural.get(check.kind, check.kind)
     guilty = [path for path in CULPRITS if path.parent.name == folder and caught_by(path) == check.name]
     assert guilty, f"no culprit in tests/culprits/{folder}/ is caught by {check.name}"
 

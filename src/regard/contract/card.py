@@ -11,6 +11,12 @@ from typing import Any, ClassVar
 
 ATTENDS = ("self", "causal_self", "cross", "causal_cross")
 ACCEPTS = ("pattern", "mask", "bias", "scale", "dropout")
+# where something in a model can be read or changed; scores are before mask and normaliser, weights after both and before
+# dropout, z are the heads' outputs before the projection, attn_out and mlp_out what joins the stream
+SITES = (
+    "embed", "q", "k", "v", "scores", "weights", "z", "attn_out", "mlp_hidden", "mlp_out", "resid_pre", "resid_mid",
+    "resid_post", "final", "tokens", "kv", "router", "logits", "feature", "gate", "latents", "text", "guidance", "step",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +130,50 @@ class ModelCard(Card):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplanationCard(Card):
+    """A reading of a model or of an op; nothing is changed."""
+
+    kind: ClassVar[str] = "explanation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelCard(Card):
+    """A function of q, k, v of which every process holds a part of the sequence.
+
+    spec: its shapes, for one process. attends: what is compared with `whole`, the slug of the op that it equals on the
+    whole sequence, called with `whole_options`. sends: what a process sends, in blocks of its part.
+    """
+
+    kind: ClassVar[str] = "parallel"
+    vocabulary: ClassVar[dict[str, tuple[str, ...]]] = {"attends": ATTENDS}
+
+    spec: str
+    attends: tuple[str, ...]
+    whole: str
+    whole_options: dict[str, Any] = field(default_factory=dict)
+    time: str = ""
+    memory: str = ""
+    sends: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterventionCard(Card):
+    """Something done to a pretrained model, and undone.
+
+    sites: where it reads or writes (`SITES`). owns: those that nobody else may write at the same time.
+    off: settings with which it changes nothing, bit for bit. padding: rows are steered alone, whatever pads they have.
+    """
+
+    kind: ClassVar[str] = "intervention"
+    vocabulary: ClassVar[dict[str, tuple[str, ...]]] = {"sites": SITES, "owns": SITES}
+
+    sites: tuple[str, ...]
+    owns: tuple[str, ...] = ()
+    off: dict[str, Any] = field(default_factory=dict)
+    padding: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskCard(Card):
     """A benchmark task. version enters every result; chance is the score of guessing, as text."""
 
@@ -134,4 +184,6 @@ class TaskCard(Card):
     chance: str
 
 
-CARDS: dict[str, type[Card]] = {c.__name__: c for c in (OpCard, MixerCard, ModelCard, TaskCard)}
+CARDS: dict[str, type[Card]] = {
+    c.__name__: c for c in (OpCard, MixerCard, ParallelCard, ModelCard, InterventionCard, ExplanationCard, TaskCard)
+}

@@ -21,7 +21,7 @@ from regard.contract.errors import OptionError, RegardError, UnknownName, near
 
 ROOT = Path(__file__).resolve().parents[1]
 # rooms that hold systems, in import order
-ROOMS = ("ops", "mixers", "models", "steer", "explain", "train", "bench")
+ROOMS = ("ops", "mixers", "parallel", "models", "steer", "explain", "train", "bench")
 _CARD = re.compile(r"^CARD(?:: \w+)? = (\w+)\(\n.*?^\)\n", re.MULTILINE | re.DOTALL)
 
 
@@ -162,7 +162,15 @@ def from_file(path: str | Path) -> Entry:
     for entry in catalogue().values():
         if entry.path == path:
             return entry
-    room = {"op": "ops", "mixer": "mixers", "model": "models", "task": "bench"}[card.kind]
+    room = {
+        "op": "ops",
+        "mixer": "mixers",
+        "parallel": "parallel",
+        "model": "models",
+        "explanation": "explain",
+        "intervention": "steer",
+        "task": "bench",
+    }[card.kind]
     return Entry(card, path, f"regard_file_{card.slug}", room)
 
 

@@ -1,0 +1,195 @@
+"""Checks of interventions, on tiny random models of a library that is steered."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.checks.battery import Subject, demand, demand_near, demand_refused, verifies
+from regard.checks.tolerances import CHANGE, SAME
+from regard.contract.attach import steer
+from regard.contract.errors import Unsupported
+from regard.contract.optional import need
+
+# sites that lie in the attention function, which some families do not let anybody in
+_AT_ATTENTION = {"q", "k", "v", "scores", "weights", "kv"}
+PROMPT = 24
+WRITTEN = 5
+
+
+def make(subject: Subject, **changes: Any) -> Any:
+    """The intervention with the card's options, and others."""
+    return subject.main(**{**subject.card.options, **changes})
+
+
+def model_for(subject: Subject) -> Any:
+    """A tiny model that has the sites."""
+    need("transformers", "hf")
+    from regard.hosts.transformers.specimens import make as specimen
+
+    return specimen("mixtral" if "router" in subject.card.sites else "llama")
+
+
+def inputs(padded: int = 0) -> dict[str, Tensor]:
+    """A prompt of two rows, the first with pads on the left."""
+    from regard.hosts.transformers.specimens import prompt
+
+    return prompt(length=PROMPT, padded=padded)
+
+
+def write(model: Any, given: dict[str, Tensor]) -> Tensor:
+    """The logits of every step that greedy writing takes, (steps, B, V)."""
+    out = model.generate(
+        **given, max_new_tokens=WRITTEN, do_sample=False, pad_token_id=0, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    return torch.stack(out.logits)
+
+
+@verifies("intervention")
+def is_a_frozen_value(subject: Subject) -> None:
+    """The first export is a frozen dataclass with the file's card; equal settings make equal values."""
+    cls = subject.main
+    demand(dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen, f"{cls.__name__} is no frozen dataclass")
+    demand(getattr(cls, "card", None) == subject.card, f"{cls.__name__} does not carry the card: @intervention(CARD)")
+    demand(make(subject) == make(subject), "two with equal settings are not equal")
+
+
+@verifies("intervention")
+def changes_something(subject: Subject) -> None:
+    """With the card's options a model writes with other logits than without."""
+    model = model_for(subject)
+    plain = write(model, inputs())
+    with steer(model, make(subject)):
+        steered = write(model, inputs())
+    demand((plain - steered).abs().max() > CHANGE, "the logits are those of the plain model")
+
+
+@verifies("intervention", lambda card: bool(card.off))
+def off_is_the_plain_model(subject: Subject) -> None:
+    """With the settings that the card calls off, logits are those of the plain model to the last bit."""
+    model = model_for(subject)
+    for padded in (0, 5):
+        plain = write(model, inputs(padded))
+        with steer(model, make(subject, **subject.card.off)):
+            steered = write(model, inputs(padded))
+        demand(torch.equal(plain, steered), f"logits differ by {(plain - steered).abs().max():.1e} (pads: {padded})")
+
+
+@verifies("intervention")
+def exit_restores(subject: Subject) -> None:
+    """After the block, also one left by an error, nothing is left: outputs, weights, hooks, attributes, settings."""
+    model = model_for(subject)
+    before, plain = _state(model), write(model, inputs())
+    with steer(model, make(subject)):
+        write(model, inputs())
+    _demand_untouched(model, before, plain)
+    try:
+        with steer(model, make(subject)):
+            write(model, inputs())
+            raise _Stop
+    except _Stop:
+        pass
+    _demand_untouched(model, before, plain)
+
+
+@verifies("intervention")
+def nests_with_a_recording(subject: Subject) -> None:
+    """A recording inside the block or around it changes nothing of what is steered."""
+    from regard.hosts.tape import recording
+
+    model = model_for(subject)
+    with steer(model, make(subject)):
+        alone = write(model, inputs())
+        with recording(model, sites=("resid_post", "z")):
+            demand_near(write(model, inputs()), alone, SAME[torch.float32], "with a recording inside")
+        demand_near(write(model, inputs()), alone, SAME[torch.float32], "after a recording inside")
+    with recording(model, sites=("resid_post", "z")), steer(model, make(subject)):
+        demand_near(write(model, inputs()), alone, SAME[torch.float32], "with a recording around")
+
+
+@verifies("intervention")
+def a_second_model_is_untouched(subject: Subject) -> None:
+    """Another model of the same class in the same process writes as before, inside the block too."""
+    model, other = model_for(subject), model_for(subject)
+    plain = write(other, inputs())
+    with steer(model, make(subject)):
+        write(model, inputs())
+        demand(torch.equal(write(other, inputs()), plain), "the other model's logits changed")
+
+
+@verifies("intervention")
+def missing_sites_are_refused(subject: Subject) -> None:
+    """A module that no host knows, and a model that lacks a site, are refused, naming the site."""
+    need("transformers", "hf")
+    import transformers as hf
+
+    demand_refused(Unsupported, "steering a plain Linear", lambda: steer(nn.Linear(2, 2), make(subject)).__enter__())
+    sites = set(subject.card.sites)
+    if sites & _AT_ATTENTION:
+        sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = hf.FalconForCausalLM(hf.FalconConfig(**sizes))
+        text = demand_refused(
+            Unsupported, "a model that does not dispatch its attention", lambda: steer(model, make(subject)).__enter__()
+        )
+        demand("Falcon" in text, f"the refusal names neither model nor site: {text}")
+    if "router" in sites:
+        from regard.hosts.transformers.specimens import make as specimen
+
+        model = specimen("llama")
+        text = demand_refused(Unsupported, "a model without routers", lambda: steer(model, make(subject)).__enter__())
+        demand("router" in text, f"the refusal does not name the site: {text}")
+
+
+@verifies("intervention", lambda card: bool(card.owns))
+def owners_refuse_each_other(subject: Subject) -> None:
+    """Two interventions that own the same site do not act together."""
+    model = model_for(subject)
+    demand_refused(Unsupported, "two that own a site", lambda: steer(model, make(subject), make(subject)).__enter__())
+    with steer(model, make(subject)):
+        demand_refused(Unsupported, "an owner inside another", lambda: steer(model, make(subject)).__enter__())
+
+
+@verifies("intervention", lambda card: card.padding)
+def rows_do_not_meet(subject: Subject) -> None:
+    """A row of a batch, with pads on its left, is written as if it were alone and without pads."""
+    model, both = model_for(subject), inputs(5)
+    with steer(model, make(subject)):
+        together = write(model, both)[:, :1]
+        alone = write(model, {name: x[:1, 5:] for name, x in both.items()})
+    demand_near(together, alone, SAME[torch.float32], "the row with pads")
+
+
+class _Stop(Exception):
+    pass
+
+
+def _state(model: Any) -> dict[str, Any]:
+    """What an intervention could leave behind: hooks, attributes, settings, weights."""
+    found: dict[str, Any] = {"config": {k: repr(v) for k, v in vars(model.config).items()}}
+    for name, module in model.named_modules():
+        found[name] = {
+            "attributes": sorted(vars(module)),
+            "hooks": [len(h) for h in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)],
+            "forward": module.forward.__func__,
+        }
+    found["weights"] = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    return found
+
+
+def _demand_untouched(model: Any, before: dict[str, Any], plain: Tensor) -> None:
+    after = _state(model)
+    weights, kept = before["weights"], after["weights"]
+    changed = [name for name in weights if not torch.equal(weights[name], kept[name])]
+    demand(not changed, f"weights changed: {changed[:3]}")
+    for name, was in before.items():
+        if name != "weights":
+            demand(after[name] == was, f"{name or 'the model'} is not as before: {_difference(was, after[name])}")
+    demand(torch.equal(write(model, inputs()), plain), "logits after the block are not those before it")
+
+
+def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
+    return "; ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in now if was.get(key) != now[key])

@@ -1,0 +1,326 @@
+"""What was seen at a model's sites during one or more passes: recorded by `record`, read by `explain`.
+
+Weights can be kept whole, in rows or heads, or as sums, entropies and largest entries, which the engines read in tiles:
+then nothing of N x N numbers is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from regard.contract.attach import HIDDEN, AttentionCall, Seen, Step, open_session
+from regard.contract.card import InterventionCard
+from regard.contract.errors import OptionError, Unsupported, near
+from regard.engines.readout import readout
+from regard.patterns import Explicit
+
+Reduce = Literal["full", "last_row", "column_sum", "entropy", "sink_mass", "top_k"]
+# TransformerLens's names of the same places
+_LENS_NAMES = {
+    "embed": "hook_embed", "resid_pre": "blocks.{}.hook_resid_pre", "resid_mid": "blocks.{}.hook_resid_mid",
+    "resid_post": "blocks.{}.hook_resid_post", "attn_out": "blocks.{}.hook_attn_out",
+    "mlp_out": "blocks.{}.hook_mlp_out", "mlp_hidden": "blocks.{}.mlp.hook_post", "q": "blocks.{}.attn.hook_q",
+    "k": "blocks.{}.attn.hook_k", "v": "blocks.{}.attn.hook_v", "scores": "blocks.{}.attn.hook_attn_scores",
+    "weights": "blocks.{}.attn.hook_pattern", "z": "blocks.{}.attn.hook_z", "final": "ln_final.hook_normalized",
+}  # fmt: skip
+_OF_CALL = ("q", "k", "v", "scores", "weights", "z")
+KINDS = (*_OF_CALL, *HIDDEN, "router", "logits")
+
+
+@dataclass
+class Tape:
+    """Recorded values by kind, layer and step, and what is known of the model and its input.
+
+    Shapes: q (B, H, N, D), k, v (B, G, M, D), scores and weights (B, H, N, M) or as `reduce` says, z (B, N, H, E), streams
+    (B, N, C), mlp_hidden (B, N, F), router: logits, weights, experts of all tokens, logits (B, N, V). k and v are after
+    positions and cache. step: 0 for the first pass, then 1, 2, … meta: ids, padding, heads, key_heads, scale, layers,
+    grid. output: what the model returned, where `record` ran it.
+    """
+
+    meta: dict[str, Any] = field(default_factory=dict)
+    output: Any = None
+    _values: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+
+    def __getitem__(self, address: tuple[str, int] | tuple[str, int, int]) -> Any:
+        kind, layer, *step = address
+        return self.get(kind, layer, step=step[0] if step else 0)
+
+    def get(self, kind: str, layer: int = 0, *, head: int | None = None, step: int = 0) -> Any:
+        """What was recorded of a kind at a layer (negative from the last) and step. Raises OptionError."""
+        count = self.meta.get("layers", 0)
+        place = (kind, layer + count if layer < 0 else layer, step)
+        if place not in self._values:
+            there = sorted({k for k, _, _ in self._values})
+            raise OptionError(
+                f"nothing of {kind!r} at layer {layer}, step {step}, is on the tape{near(kind, there)}; it holds "
+                f"{', '.join(there) or 'nothing'}, layers {sorted({la for _, la, _ in self._values})}, steps 0 to "
+                f"{max((s for _, _, s in self._values), default=0)}"
+            )
+        value = self._values[place]
+        if head is None:
+            return value
+        if kind not in _OF_CALL:
+            raise OptionError(f"{kind!r} has no heads")
+        return value.select(2 if kind == "z" else 1, head)
+
+    def __contains__(self, address: tuple[str, int]) -> bool:
+        return (*address, 0) in self._values
+
+    def layers(self, kind: str, step: int = 0) -> list[int]:
+        """The layers of which a kind was recorded."""
+        return sorted(layer for k, layer, s in self._values if (k, s) == (kind, step))
+
+    def steps(self) -> int:
+        """How many passes were recorded."""
+        return 1 + max((step for _, _, step in self._values), default=-1)
+
+    def stack(self, kind: str, *, step: int = 0) -> Tensor:
+        """All layers of a kind, (L, …)."""
+        return torch.stack([self._values[kind, layer, step] for layer in self.layers(kind, step)])
+
+    def attentions(self, step: int = 0) -> tuple[Tensor, ...]:
+        """The weights (B, H, N, M) of all layers, as `output_attentions` gives them and bertviz takes them."""
+        return tuple(self._values["weights", layer, step] for layer in self.layers("weights", step))
+
+    def grad(self, kind: str, layer: int, *, step: int = 0) -> Tensor:
+        """The gradient of what `backward` was called on. Raises OptionError where there is none."""
+        value = self.get(kind, layer, step=step)
+        if value.grad is None:
+            raise OptionError(f"there is no gradient of {kind!r}: record with grads=True, then call tape.backward")
+        return value.grad
+
+    def backward(self, target: Callable[[Any], Tensor]) -> None:
+        """Differentiate a number, `target(output)`, for everything on the tape."""
+        target(self.output).backward()
+
+    def items(self) -> Iterator[tuple[tuple[str, int, int], Any]]:
+        """((kind, layer, step), value) of everything."""
+        yield from self._values.items()
+
+    @staticmethod
+    def name(kind: str, layer: int = 0, *, of: Literal["transformer_lens"] = "transformer_lens") -> str:
+        """What another tool calls the same place; its q and k are before rotation, ours after."""
+        if kind not in _LENS_NAMES:
+            raise OptionError(f"{of} has no name for {kind!r}{near(kind, _LENS_NAMES)}")
+        return _LENS_NAMES[kind].format(layer)
+
+
+def record(model: Any, inputs: Mapping[str, Any] | Tensor, **options: Any) -> Tape:
+    """Run a model once and return the tape; the options are those of `recording`.
+
+    inputs: the model's keywords, or its input ids.
+    """
+    given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    with recording(model, **options) as tape, torch.set_grad_enabled(bool(options.get("grads"))):
+        tape.output = model(**given)
+    return tape
+
+
+@contextmanager
+def recording(
+    model: Any,
+    *,
+    sites: Sequence[str] = ("weights",),
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    reduce: Reduce | Sequence[Reduce] = "full",
+    count: int = 8,
+    grads: bool = False,
+    steps: bool = True,
+    limit_bytes: int = 2 << 30,
+) -> Iterator[Tape]:
+    """Record what every pass inside the block makes at some sites; the model's output stays the same.
+
+    sites: of `KINDS`. layers, heads: of which, None for all. rows: query rows of weights, scores, q and z (negative from
+    the end). reduce: what is kept of weights: "full" (B, H, N, M), "last_row" (B, H, 1, M), "column_sum" (B, H, M),
+    "entropy" and "sink_mass" on the first `count` keys (B, H, N), "top_k" the `count` largest; with several, the kinds on
+    the tape are called "weights:entropy" and so on. grads: keep the graph, so that `tape.backward` and `tape.grad` work.
+    steps: record every pass, or only the first. limit_bytes: more than this is refused, before it is kept.
+    Raises OptionError for unknown sites; Unsupported for sites that the model lacks, and beyond the limit.
+    """
+    for site in sites:
+        if site not in KINDS:
+            raise OptionError(f"{site!r} is not recorded{near(site, KINDS)}; what is: {', '.join(KINDS)}")
+    reduces = (reduce,) if isinstance(reduce, str) else tuple(reduce)
+    for kind in reduces:
+        if kind not in get_args(Reduce):
+            raise OptionError(f"weights are not kept as {kind!r}{near(kind, get_args(Reduce))}")
+    if rows is not None and set(reduces) != {"full"}:
+        raise OptionError("rows= chooses rows of full weights; leave reduce out")
+    tape = Tape()
+    recorder = _Recorder(
+        tape,
+        tuple(sites),
+        None if layers is None else tuple(layers),
+        heads,
+        rows,
+        reduces,
+        count,
+        grads,
+        steps,
+        limit_bytes,
+    )
+    with open_session(model, (recorder,)) as session:
+        recorder.open(session)
+        yield tape
+
+
+class _Recorder:
+    """The effect behind `recording`."""
+
+    reads_only = True
+
+    def __init__(
+        self, tape: Tape, sites: tuple[str, ...], layers: tuple[int, ...] | None, heads: Sequence[int] | None,
+        rows: Sequence[int] | None, reduces: tuple[Reduce, ...], count: int, grads: bool, steps: bool, limit: int,
+    ):  # fmt: skip
+        self.tape, self.sites, self.layers, self.heads, self.rows = tape, sites, layers, heads, rows
+        self.reduces, self.count, self.grads, self.steps, self.limit, self.held = reduces, count, grads, steps, limit, 0
+        needed = [s for s in sites if s not in HIDDEN]
+        self.card = InterventionCard(
+            slug="record", title="record", exports=("record",), baseline=True, sites=tuple(needed)
+        )
+        self.hidden_sites = tuple(s for s in sites if s in HIDDEN)
+        if not set(sites) & set(_OF_CALL):
+            self.on_read = None  # type: ignore[assignment]
+        if not (grads and {"scores", "weights"} & set(sites)):
+            self.on_weights = None  # type: ignore[assignment]
+
+    def on_weights(self, call: AttentionCall, weights: Tensor) -> Tensor:
+        """Nothing changes, but what is recorded is then what the model goes on with, and gradients reach it."""
+        return weights
+
+    def open(self, session: Any) -> None:
+        """Note what is known of the model, and resolve layers counted from the last."""
+        main = session.anatomy.main
+        self.tape.meta["layers"] = len(main.layers)
+        self.place = main.place
+        if self.layers is not None:
+            self.layers = tuple(layer % len(main.layers) for layer in self.layers)
+        self.tape.meta |= session.facts()
+
+    def on_read(self, call: AttentionCall, seen: Seen) -> None:
+        if call.place != self.place or call.kind != "self" or not self._keeps(call.layer, call.step):
+            return
+        self._note(call)
+        for site in set(self.sites) & set(_OF_CALL):
+            if site == "weights":
+                for reduce in self.reduces:
+                    name = site if len(self.reduces) == 1 else f"{site}:{reduce}"
+                    self._put(name, call.layer, call.step, self._weights(call, seen.weights, reduce))
+            elif site == "scores":
+                self._put(
+                    site, call.layer, call.step, self._part(call.scores() if seen.scores is None else seen.scores, 2)
+                )
+            elif site == "z":
+                self._put(site, call.layer, call.step, self._part(seen.z, 2).transpose(1, 2))
+            else:
+                value = getattr(call, site)
+                self._put(site, call.layer, call.step, self._part(value, 2) if site == "q" else value)
+
+    def on_hidden(self, step: Step, site: str, layer: int, x: Tensor) -> Tensor:
+        if self._keeps(layer, step) or site == "final":
+            self._put(site, 0 if site in ("embed", "final") else layer, step, x)
+        return x
+
+    def on_router(self, step: Step, choice: Any) -> Any:
+        if "router" in self.sites and self._keeps(choice.layer, step):
+            self._put("router", choice.layer, step, (choice.logits, choice.weights, choice.experts))
+        return choice
+
+    def on_output(self, step: Step, output: Any) -> None:
+        if "logits" in self.sites and (self.steps or step.index == 0):
+            self._put("logits", 0, step, output.logits)
+
+    def _keeps(self, layer: int, step: Step) -> bool:
+        return (self.layers is None or layer in self.layers) and (self.steps or step.index == 0)
+
+    def _note(self, call: AttentionCall) -> None:
+        self.tape.meta.setdefault("ids", call.step.ids)
+        self.tape.meta.setdefault("padding", call.step.padding)
+        self.tape.meta.setdefault("scale", call.scale)
+
+    def _part(self, x: Tensor, axis: int) -> Tensor:
+        if self.heads is not None:
+            x = x[:, list(self.heads)]
+        if self.rows is not None and x.shape[axis] > 1:
+            x = x.index_select(axis, torch.tensor(self.rows, device=x.device) % x.shape[axis])
+        return x
+
+    def _weights(self, call: AttentionCall, weights: Tensor | None, reduce: Reduce) -> Any:
+        n, m = call.q.shape[2], call.k.shape[2]
+        rows = None if self.rows is None else [row % n for row in self.rows] if n > 1 else [0]
+        if reduce == "last_row":
+            rows = [n - 1]
+        chosen = list(range(call.q.shape[1])) if self.heads is None else list(self.heads)
+        if weights is None and not self.grads and call.softcap is None and call.sinks is None and n > 1:
+            return self._read(call, reduce, rows)
+        # one row, or weights that were changed, or that gradients go through: the table itself
+        if reduce == "full" and rows is None:
+            self._room(call.q.shape[0] * len(chosen) * n * m * call.q.element_size())
+        whole = call.weights() if weights is None else weights
+        if self.heads is not None:
+            whole = whole[:, chosen]
+        if rows is not None:
+            return whole[:, :, rows]
+        return whole if reduce == "full" else _reduced(whole, reduce, self.count)
+
+    def _read(self, call: AttentionCall, reduce: Reduce, rows: list[int] | None) -> Any:
+        pattern, offset = call.pattern, call.q_offset
+        if call.mask is not None:
+            mask = call.visible()
+            assert mask is not None
+            pattern, offset = Explicit().bind(mask=mask.expand(-1, -1, call.q.shape[2], -1)), 0
+        shared: dict[str, Any] = {"bias": call.bias, "scale": call.scale, "q_offset": offset}
+        heads = None if self.heads is None else list(self.heads)
+        if rows is not None:
+            found = readout(call.q, call.k, None, pattern, what="rows", rows=rows, **shared)
+            return found.to(call.q.dtype) if heads is None else found[:, heads].to(call.q.dtype)
+        if reduce == "full":
+            chosen = list(range(call.q.shape[1])) if heads is None else heads
+            self._room(call.q.shape[0] * len(chosen) * call.q.shape[2] * call.k.shape[2] * 4)
+            return readout(call.q, call.k, None, pattern, what="heads", heads=chosen, **shared).to(call.q.dtype)
+        what = {"column_sum": "column_sums"}.get(reduce, reduce)
+        found = readout(call.q, call.k, None, pattern, what=what, count=self.count, **shared)  # type: ignore[arg-type]
+        return found if heads is None or reduce == "top_k" else found[:, heads]
+
+    def _put(self, kind: str, layer: int, step: Step, value: Any) -> None:
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if isinstance(tensor, Tensor):
+                self._room(tensor.nbytes)
+                self.held += tensor.nbytes
+                if self.grads and tensor.requires_grad:
+                    tensor.retain_grad()
+        if not self.grads:
+            value = tuple(v.detach() for v in value) if isinstance(value, tuple) else value
+            value = value.detach() if isinstance(value, Tensor) else value
+        self.tape._values[kind, layer, step.index] = value
+
+    def _room(self, needed: int) -> None:
+        if self.held + needed > self.limit:
+            raise Unsupported(
+                f"the tape would hold more than {self.limit / 2**30:.1f} GiB: keep fewer layers=, heads= or rows=, or "
+                'what is kept of weights by reduce="column_sum", "entropy", "top_k"; or raise limit_bytes='
+            )
+
+
+def _reduced(weights: Tensor, reduce: Reduce, count: int) -> Any:
+    """The same of a table of weights as the read-outs give."""
+    weights = weights.float()
+    if reduce == "column_sum":
+        return weights.sum(2)
+    if reduce == "entropy":
+        return torch.special.entr(weights).sum(-1)
+    if reduce == "sink_mass":
+        return weights[..., :count].sum(-1)
+    from regard.engines.readout import Top
+
+    values, keys = weights.topk(min(count, weights.shape[-1]), -1)
+    return Top(values, keys.masked_fill(values == 0, -1))

@@ -1,0 +1,1 @@
+"""Which keys and values are kept while a model writes."""
