@@ -26,7 +26,7 @@ from regard.hosts.transformers.masks import LateMask, who_meets
 
 NAME = "regard"
 # what the effects' methods need of the model
-_AT_ATTENTION = ("on_scores", "on_weights", "on_z", "on_attention", "on_kv", "on_read", "on_query")
+_AT_ATTENTION = ("on_scores", "on_weights", "on_z", "on_attention", "on_kv", "on_read", "on_tokens")
 # keywords of attention functions that change no result, and those that `_Seen` takes in
 _HARMLESS = {
     "position_ids", "use_cache", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
@@ -35,6 +35,8 @@ _HARMLESS = {
     "cross_attention_mask", "head_mask", "block_sequence_ids",
 }  # fmt: skip
 _KNOWN = {"s_aux", "position_bias", "softcap"}
+# families whose stack hands on as many tokens as it got, whatever its layers return
+_FIXED_LENGTH = {"gpt2"}
 
 
 @dataclass
@@ -166,8 +168,10 @@ class Attached:
         name = type(self.model).__name__
         dispatches = self.model._can_set_attn_implementation()
         for site in sites:
-            if site in ("q", "k", "v", "scores", "weights", "kv") and not dispatches:
+            if site in ("q", "k", "v", "scores", "weights", "kv", "tokens") and not dispatches:
                 raise Unsupported(f"{slug} needs the site {site!r}, and {name} does not dispatch its attention")
+            if site == "tokens" and self.model.config.model_type in _FIXED_LENGTH:
+                raise Unsupported(f"{slug} drops tokens, and {name} shapes its output by the tokens that came in")
             if site == "router" and not any(layer.router for layer in self.anatomy.main.layers):
                 raise Unsupported(f"{slug} needs the site 'router', and {name} has no routers")
             if site == "logits" and self.model.get_output_embeddings() is None:
@@ -430,6 +434,8 @@ class Attached:
             kept = self._kept(layer.index)
             if kept is not None:
                 kept.arrive(at, self.step.tokens)
+            elif self.cache is not None:
+                raise Unsupported(f"layer {layer.index} has a sliding cache, which counts the tokens that it gets")
             args = (x, *args[1:]) if args else args
             return args, {**kwargs, **({} if args else {"hidden_states": x}), **_cut(kwargs, at)}
 
