@@ -52,8 +52,9 @@ def write(model: Any, given: dict[str, Tensor]) -> Tensor:
 @verifies("intervention")
 def is_a_frozen_value(subject: Subject) -> None:
     """The first export is a frozen dataclass with the file's card; equal settings make equal values."""
-    cls = subject.main
-    demand(dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen, f"{cls.__name__} is no frozen dataclass")
+    cls: Any = subject.main
+    params = getattr(cls, "__dataclass_params__", None)
+    demand(params is not None and params.frozen, f"{cls.__name__} is no frozen dataclass")
     demand(getattr(cls, "card", None) == subject.card, f"{cls.__name__} does not carry the card: @intervention(CARD)")
     demand(make(subject) == make(subject), "two with equal settings are not equal")
 
@@ -130,7 +131,7 @@ def missing_sites_are_refused(subject: Subject) -> None:
     demand_refused(Unsupported, "steering a plain Linear", lambda: steer(nn.Linear(2, 2), make(subject)).__enter__())
     sites = set(subject.card.sites)
     if sites & _AT_ATTENTION:
-        sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
         model = hf.FalconForCausalLM(hf.FalconConfig(**sizes))
         text = demand_refused(
             Unsupported, "a model that does not dispatch its attention", lambda: steer(model, make(subject)).__enter__()

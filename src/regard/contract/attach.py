@@ -192,6 +192,19 @@ class Session:
     def __exit__(self, *error: Any) -> None:
         raise NotImplementedError
 
+    @property
+    def anatomy(self) -> Any:
+        """The model's stacks and layers, as its host knows them."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """What a tape says of the model: heads, key_heads, layer_types, grid."""
+        raise NotImplementedError
+
+    def change(self, thing: Any, name: str, value: Any) -> None:
+        """Set an attribute until this session ends."""
+        raise NotImplementedError
+
     def report(self) -> list[dict[str, Any]]:
         """What the interventions did, a row a layer: tokens kept, bytes."""
         raise NotImplementedError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -117,22 +118,22 @@ def _layer(index: int, layer: nn.Module) -> Layer:
     cross = next((m for n, m in leaves if any(word in n for word in _CROSS)), None)
     name, attention = next((n, m) for n, m in leaves if m is not cross)
     modules = dict(layer.named_modules())
+    parts: Any = layer
     out = _first(attention, _OUT)
     if out is None:
         # BERT keeps it beside: attention.self and attention.output.dense
-        beside = modules.get(name.rpartition(".")[0])
+        beside: Any = modules.get(name.rpartition(".")[0])
         out = _first(beside.output, _OUT) if beside is not None and hasattr(beside, "output") else None
     mlp = next((m for n, m in modules.items() if n.rpartition(".")[2] in _MLP), None)
-    sandwich = hasattr(layer, "pre_feedforward_layernorm")
-    if mlp is None and hasattr(layer, "intermediate"):
+    if mlp is None and hasattr(parts, "intermediate"):
         # BERT: intermediate, then output with the projection, norm and sum
-        down = mlp_out = _first(layer.output, _OUT)
+        down = mlp_out = _first(parts.output, _OUT)
     else:
         down, mlp_out = (None, None) if mlp is None else (_first(mlp, _DOWN), mlp)
-    if sandwich:
-        attn_out, mlp_out = layer.post_attention_layernorm, layer.post_feedforward_layernorm
-    else:
-        attn_out = out
+    attn_out = out
+    if hasattr(parts, "pre_feedforward_layernorm"):
+        # norms on both sides of each part
+        attn_out, mlp_out = parts.post_attention_layernorm, parts.post_feedforward_layernorm
     router = next((m for m in layer.modules() if type(m).__name__.lower().endswith("topkrouter")), None)
     return Layer(index, layer, attention, cross, out, attn_out, _first(layer, _BEFORE_MLP), mlp_out, down, router)
 

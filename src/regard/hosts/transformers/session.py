@@ -216,7 +216,8 @@ class Attached:
         """Send the model's attention here. The vision tower of a model that has one keeps its own."""
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, _late_mask)
-        configs = {id(module.config): module.config for module in self.where if hasattr(module, "config")}
+        parts: list[Any] = [module for module in self.where if hasattr(module, "config")]
+        configs: dict[int, Any] = {id(part.config): part.config for part in parts}
         for config in configs.values():
             self._before.append((config, config._attn_implementation))
         # models look their mask function up in the config of the stack
@@ -325,7 +326,7 @@ class Attached:
 
     # ---- cache and steps
 
-    def _begin(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _begin(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the main stack runs: which step this is, and the cache as one that can be kept in part."""
         past = kwargs.get("past_key_values")
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
@@ -353,7 +354,7 @@ class Attached:
             tokens=tokens, padding=padding, ids=ids, decoded=self.step.decoded + 1 if decoding and not fresh else 0,
         )  # fmt: skip
         self.cache = own
-        if decoding:
+        if own is not None and decoding:
             for effect in self.acting("on_kv"):
                 for layer, kept in enumerate(own.layers):
                     if isinstance(kept, KeptLayer) and kept.is_initialized:
@@ -515,7 +516,7 @@ def _own_function(module: nn.Module, name: str) -> Callable[..., Any]:
 
 def _kept(layer: DynamicLayer) -> KeptLayer:
     made = KeptLayer()
-    if layer.is_initialized and layer.keys is not None and layer.keys.numel():
+    if layer.keys is not None and layer.values is not None and layer.keys.numel():
         made.update(layer.keys, layer.values)
     return made
 
