@@ -17,6 +17,7 @@ DOORS: dict[str, str] = {
     **dict.fromkeys(("record", "recording", "Tape"), "regard.hosts.tape"),
     **dict.fromkeys(("patch", "Edit"), "regard.hosts.patch"),
     "lens": "regard.hosts.lens",
+    "swap": "regard.hosts.transformers.swap",
     **dict.fromkeys(("SequenceModel", "SequenceSettings"), "regard.models.sequence.shell"),
     "collect_losses": "regard.contract.collect",
     "add_loss": "regard.contract.collect",
