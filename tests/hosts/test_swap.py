@@ -55,6 +55,12 @@ def test_an_op_takes_the_place_of_softmax(padded):
     torch.testing.assert_close(tape["z", 0][1:].transpose(1, 2), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_weights_that_are_not_those_of_softmax_are_not_read():
+    model, inputs = make("llama"), prompt(length=12)
+    with swap(model, mixer="sigmoid", layers=(0,), length=12), pytest.raises(Unsupported, match="layer 0 runs sigmoid"):
+        record(model, inputs)
+
+
 def test_an_op_writes_from_the_models_cache():
     model, inputs = make("llama"), prompt(length=12)
     with swap(model, mixer="sliding_window", window=4):

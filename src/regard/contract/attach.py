@@ -80,7 +80,7 @@ class AttentionCall:
     (1, H, 1, 1); softcap: c tanh(s / c). layer: place in its stack; place: the stack ("" in models of one stack);
     kind: "self" or "cross". positions: int64 (B, G, M) of cached keys in the whole sequence, -1 for none, None where all
     are there. kept: the layer of the cache, where it can give up keys. plain: the host's own way to the result, for a
-    call that nobody changed.
+    call that nobody changed. instead: the op that `plain` runs where it is not softmax attention.
     """
 
     q: Tensor
@@ -101,6 +101,7 @@ class AttentionCall:
     positions: Tensor | None = None
     kept: Any = None
     plain: Callable[[], Tensor] | None = None
+    instead: str = ""
 
     def replace(self, **changes: Any) -> AttentionCall:
         """The call with other tensors, to be computed by our own engines."""
@@ -137,6 +138,8 @@ class AttentionCall:
         """The softmax of the scores under the mask, (B, H, N, M), computed in float32 at least, in q's dtype."""
         import torch
 
+        if self.instead:
+            raise Unsupported(f"layer {self.layer} runs {self.instead}, whose weights are not those of softmax")
         scores = self.scores() if scores is None else scores
         high, mask = scores.to(torch.promote_types(scores.dtype, torch.float32)), self.visible()
         if mask is not None:

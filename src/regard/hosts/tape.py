@@ -260,7 +260,14 @@ class _Recorder:
         if reduce == "last_row":
             rows = [n - 1]
         chosen = list(range(call.q.shape[1])) if self.heads is None else list(self.heads)
-        if weights is None and not self.grads and call.softcap is None and call.sinks is None and n > 1:
+        if (
+            weights is None
+            and not self.grads
+            and call.softcap is None
+            and call.sinks is None
+            and n > 1
+            and not call.instead
+        ):
             return self._read(call, reduce, rows)
         # one row, or weights that were changed, or that gradients go through: the table itself
         if reduce == "full" and rows is None:
