@@ -17,7 +17,8 @@ from torch import Tensor
 from regard.contract.attach import HIDDEN, AttentionCall, Seen, Step, open_session
 from regard.contract.card import InterventionCard
 from regard.contract.errors import OptionError, Unsupported, near
-from regard.engines.readout import readout
+from regard.engines.automatic import attend
+from regard.engines.readout import Top, readout
 from regard.patterns import Explicit
 
 Reduce = Literal["full", "last_row", "column_sum", "entropy", "sink_mass", "top_k"]
@@ -212,7 +213,9 @@ class _Recorder:
         self._note(call)
         for site in set(self.sites) & set(_OF_CALL):
             if site == "weights":
-                for reduce in self.reduces:
+                self._lse = None
+                # what entropies need gives the others the log-sum-exp
+                for reduce in sorted(self.reduces, key=lambda reduce: reduce != "entropy"):
                     name = site if len(self.reduces) == 1 else f"{site}:{reduce}"
                     self._put(name, call.layer, call.step, self._weights(call, seen.weights, reduce))
             elif site == "scores":
@@ -294,9 +297,20 @@ class _Recorder:
             chosen = list(range(call.q.shape[1])) if heads is None else heads
             self._room(call.q.shape[0] * len(chosen) * call.q.shape[2] * call.k.shape[2] * 4)
             return readout(call.q, call.k, None, pattern, what="heads", heads=chosen, **shared).to(call.q.dtype)
-        what = {"column_sum": "column_sums"}.get(reduce, reduce)
-        found = readout(call.q, call.k, None, pattern, what=what, count=self.count, **shared)  # type: ignore[arg-type]
+        if reduce == "entropy" and call.bias is None:
+            found = self._entropy(call, pattern, offset)
+        else:
+            what: Any = {"column_sum": "column_sums"}.get(reduce, reduce)
+            found = readout(call.q, call.k, self._lse, pattern, what=what, count=self.count, **shared)
         return found if heads is None or reduce == "top_k" else found[:, heads]
+
+    def _entropy(self, call: AttentionCall, pattern: Any, offset: int) -> Tensor:
+        """lse - sum_j w_ij s_ij, whose sum is scale q_i times the mean key: one pass with the keys as values."""
+        mean = attend(call.q, call.k, call.k, pattern, scale=call.scale, q_offset=offset, return_lse=True)
+        assert mean.lse is not None
+        self._lse = mean.lse
+        entropy = mean.lse - call.scale * (call.q.float() * mean.out.float()).sum(-1)
+        return entropy.masked_fill(mean.lse == float("-inf"), 0.0).clamp(min=0)
 
     def _put(self, kind: str, layer: int, step: Step, value: Any) -> None:
         for tensor in value if isinstance(value, tuple) else (value,):
@@ -327,7 +341,5 @@ def _reduced(weights: Tensor, reduce: Reduce, count: int) -> Any:
         return torch.special.entr(weights).sum(-1)
     if reduce == "sink_mass":
         return weights[..., :count].sum(-1)
-    from regard.engines.readout import Top
-
     values, keys = weights.topk(min(count, weights.shape[-1]), -1)
     return Top(values, keys.masked_fill(values == 0, -1))
