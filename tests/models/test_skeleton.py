@@ -101,6 +101,20 @@ def test_a_block_is_its_two_residuals():
     torch.testing.assert_close(block(x), y)
 
 
+def test_a_block_may_have_its_norms_behind_and_a_stage_its_positions():
+    block = BlockSpec("softmax", 2, {"rotary": False}, form="post", norm_eps=0.1, act="gelu_tanh")
+    stage = StageSpec(8, 2, (block,), positions=(4, 6))
+    model = Backbone(Given(BackboneSpec((ConvSpec(8, 2, 2, p=0),), (stage,), classes=3, drop_path=0.4)))
+    assert [b.drop_path.p for b in model.stages[0].blocks] == [0, 0.4]
+    model = model.double().eval()
+    made = model.stages[0].blocks[1]
+    (x,) = normal((2, 4, 6, 8))
+    torch.testing.assert_close(model.stages[0].enter(x), x + model.stages[0].positions.table)
+    y = F.layer_norm(x + made.mixer(x.flatten(1, 2)).view_as(x), (8,), eps=0.1)
+    hidden = F.gelu(made.mlp.fc1(y), approximate="tanh")
+    torch.testing.assert_close(made(x), F.layer_norm(y + made.mlp.fc2(hidden), (8,), eps=0.1))
+
+
 def test_a_mixer_of_grids_gets_the_grid(shifting):
     model = Backbone(dataclasses.replace(TINY, mixer="shift", options={"shift": {"by": 2}})).double().eval()
     block = model.stages[0].blocks[0]

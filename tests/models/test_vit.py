@@ -35,7 +35,44 @@ def test_sparsifiner_adds_its_projections_to_deit():
     assert count(SIZES["sparsifiner_deit_small"]) == count(SIZES["deit_small"]) + 12 * own
 
 
-@pytest.mark.parametrize("name", ["deit_tiny", "sparsifiner_deit_small"])
+# millions of parameters as published (22.7 for the small network, which its released code does not have), and exactly
+# those of the released code
+AGENT = {
+    "agent_deit_tiny": (6.0, 6_015_640),
+    "agent_deit_small": (None, 22_647_112),
+    "agent_deit_base": (87.2, 87_204_904),
+}
+
+
+@pytest.mark.parametrize("name", AGENT)
+def test_agent_deit_has_the_published_parameters(name):
+    millions, exact = AGENT[name]
+    assert count(SIZES[name]) == exact - SIZES[name].dim
+    assert millions in (None, round(exact / 1e6, 1))
+
+
+def test_agents_take_the_first_blocks_and_read_the_class_token_and_other_images():
+    with torch.device("meta"):
+        base = ViT(SIZES["agent_deit_base"])
+    kinds = [type(block.mixer).__name__ for block in base.blocks]
+    assert kinds == ["AgentAttention2d"] * 4 + ["OpAttention"] * 8
+    assert base.blocks[0].mixer.side == 9 and base.blocks[0].mixer.prefix == 1
+    assert base.blocks[0].mixer.bias_ak.rows.shape == (12, 81, 14, 1)
+    model = ViT(replace(TINY, mixer="agent", options={"agents": 4}, mixer_blocks=1)).double().eval()
+    seen = []
+    model.blocks[0].mixer.register_forward_hook(
+        lambda m, given, options, out: seen.append((given[0].shape[1], options["shape"])), with_kwargs=True
+    )
+    for size, shape in (((8, 12), (4, 6)), ((10, 4), (5, 2))):
+        (images,) = normal((2, 3, *size))
+        assert model(images).shape == (2, 5)
+        assert seen[-1] == (shape[0] * shape[1] + 1, shape)
+    changed = images.clone()
+    changed[:, :, 0, 0] += 1
+    assert (model(changed) - model(images)).abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "sparsifiner_deit_small", "agent_deit_tiny"])
 def test_a_published_size_reads_an_image(name):
     model = ViT(SIZES[name]).eval()
     with torch.no_grad():
@@ -189,6 +226,10 @@ def test_logits_are_those_of_timm(name):
         ({"mixer": "neighborhood"}, "neighborhood mixes a grid"),
         ({"mixer": "sparsifiner", "pos": "rope"}, "has no rotary positions"),
         ({"mixer": "sparsifiner", "cls_position": "last"}, "class token in front"),
+        ({"mixer": "agent", "pos": "rope"}, "has no rotary positions"),
+        ({"mixer": "agent", "cls_position": "last"}, "class token in front"),
+        ({"mixer": "agent", "options": {"agents": 5}}, "5 is not a square"),
+        ({"mixer_blocks": 3}, "mixer_blocks is 3; it is a number of the 2 blocks"),
         ({"mixer": "softmix"}, "no mixer is called"),
     ],
 )

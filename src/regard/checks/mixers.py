@@ -64,6 +64,11 @@ def any_length(card: Any) -> bool:
     return "num_tokens" not in card.options
 
 
+def hidden_tokens(x: Tensor) -> Tensor:
+    """A padding mask of tokens or of the places of a grid, as `hidden_keys` makes it."""
+    return hidden_keys(x.shape[0], x[0, ..., 0].numel()).view(x.shape[:-1])
+
+
 def reads_context(card: Any) -> bool:
     """Whether a card claims to read from another sequence."""
     return "cross" in card.attends or "causal_cross" in card.attends
@@ -170,7 +175,7 @@ def gradient_reaches_every_parameter(subject: Subject) -> None:
     for what, given, options in calls(card):
         extra = {}
         if card.padding:
-            extra["padding"] = hidden_keys(given[-1].shape[0], given[-1].shape[1])
+            extra["padding"] = hidden_tokens(given[-1])
         module.zero_grad()
         with collect_losses() as losses:
             out = module(*given, **options, **extra)
@@ -261,13 +266,15 @@ def padded_tokens(subject: Subject) -> None:
     for what, given, options in calls(card):
         *own, source = given
         batch, m = source.shape[:2]
-        valid = hidden_keys(batch, m)
+        valid = hidden_tokens(source)
         noise = source + 30 * torch.randn_like(source) * ~valid[..., None]
         out, again = (module(*own, s, padding=valid, **options) for s in (source, noise))
         kept = slice(None) if own else valid
         demand(again.isfinite().all(), f"{what}: a result is not finite")
         demand_near(again[kept], out[kept], SAME[torch.float64], f"{what}: other values at padded tokens")
-        for end, real in (("end", slice(m - 3)), ("start", slice(3, m))) if any_length(card) else ():
+        # a grid that is cut off is another one
+        cuts = (("end", slice(m - 3)), ("start", slice(3, m))) if any_length(card) and source.dim() == 3 else ()
+        for end, real in cuts:
             valid = torch.zeros(batch, m, dtype=torch.bool)
             valid[:, real] = True
             out = module(*own, source, padding=valid, **options)
@@ -296,7 +303,7 @@ def refuses_unclaimed_masks(subject: Subject) -> None:
         x = tokens(card)
         masks = {}
         if not card.padding:
-            masks["padding"] = hidden_keys(*x.shape[:2])
+            masks["padding"] = hidden_tokens(x)
         if not card.documents:
             masks["reset"] = torch.zeros(x.shape[:2], dtype=torch.bool)
         for name, mask in masks.items():
@@ -430,7 +437,7 @@ def compiles_with(subject: Subject, backend: str) -> None:
     for what, given, options in calls(card):
         tensors = [t.float().requires_grad_() for t in given]
         if card.padding:
-            options = {**options, "padding": hidden_keys(*given[-1].shape[:2])}
+            options = {**options, "padding": hidden_tokens(given[-1])}
         torch._dynamo.reset()
         try:
             out = torch.compile(module, fullgraph=True, backend=backend)(*tensors, **options)
@@ -481,7 +488,7 @@ def names_wrong_tokens(subject: Subject) -> None:
         flat = [given[0][0], *given[1:]]
         demand_refused(ShapeError, f"{what}, tokens without a batch", module, *flat, **options)
         if card.padding:
-            good = torch.ones(source.shape[:2], dtype=torch.bool)
+            good = torch.ones(source.shape[:-1], dtype=torch.bool)
             wrong = {"a float padding": good.double(), "a padding that is too long": torch.cat((good, good), 1)}
             for kind, padding in wrong.items():
                 demand_refused(ShapeError, f"{what}, {kind}", module, *own, source, padding=padding, **options)

@@ -74,6 +74,19 @@ def names(card: Any) -> list[str]:
     return [name for name, _ in parse(card.spec).inputs]
 
 
+def along(card: Any, axis: str) -> list[int | None]:
+    """Where an axis letter stands in each tensor of the card's spec; None in tensors without it."""
+    return [axes.index(axis) if axis in axes else None for _, axes in parse(card.spec).inputs]
+
+
+def cut(card: Any, tensors: list[Tensor], axes: str, stop: int, start: int = 0) -> list[Tensor]:
+    """The tensors, cut from `start` to `stop` along every axis letter of `axes` that they have."""
+    for axis in axes:
+        places = along(card, axis)
+        tensors = [t if p is None else t.narrow(p, start, stop - start) for t, p in zip(tensors, places, strict=True)]
+    return tensors
+
+
 def call(subject: Subject, tensors: list[Tensor], **options: Any) -> Tensor:
     """The op with the options its card says it needs."""
     return subject.main(*tensors, **{**needed(subject.card, tensors[0].shape[1]), **options})
@@ -245,7 +258,8 @@ def size_one(subject: Subject) -> None:
         alone = call(subject, [t[:1] for t in tensors], **case.options)
         demand_near(alone, out[:1], SAME[torch.float64], f"{case.what}, one row of the batch")
         per_group = sizes["h"] // sizes.get("g", sizes["h"])
-        alone = call(subject, [tensors[0][:, :per_group], *(t[:, :1] for t in tensors[1:])], **case.options)
+        one_group = cut(subject.card, cut(subject.card, tensors, "h", per_group), "g", 1)
+        alone = call(subject, one_group, **case.options)
         demand_near(alone, out[:, :per_group], SAME[torch.float64], f"{case.what}, one key head")
         # queries and keys shrink together where they are the same tokens
         together = ["n", "m"] if case.causal or "cross" not in subject.card.attends else []
@@ -264,15 +278,24 @@ def grouped_heads(subject: Subject) -> None:
     """Query heads that share a key head get what they get from copies of it, in order."""
     repeats = subject.card.sizes["h"] // subject.card.sizes["g"]
     for case in cases(subject.card):
-        q, *rest = inputs(subject.card, case.sizes)
-        copies = call(subject, [q, *(t.repeat_interleave(repeats, 1) for t in rest)], **case.options)
-        out = call(subject, [q, *rest], **case.options)
+        tensors = inputs(subject.card, case.sizes)
+        places = along(subject.card, "g")
+        copied = [t if p is None else t.repeat_interleave(repeats, p) for t, p in zip(tensors, places, strict=True)]
+        copies = call(subject, copied, **case.options)
+        out = call(subject, tensors, **case.options)
         demand_near(out, copies, SAME[torch.float64], f"{case.what}, grouped heads, against copies of the key heads")
 
 
 def reach(subject: Subject, n: int, m: int, **options: Any) -> tuple[Tensor, Tensor]:
-    """Which output depends on which query (n, n), on which key or value (n, m): largest gradients over some draws."""
+    """Which output depends on which query (n, n), on which key or value (n, m): largest gradients over some draws.
+
+    A further tensor belongs to the queries or the keys by its axis n or m; one without belongs to neither.
+    """
     queries, keys = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, m, dtype=torch.float64)
+    tables = [
+        (queries, of_query) if of_query is not None else (keys, of_key)
+        for of_query, of_key in zip(along(subject.card, "n"), along(subject.card, "m"), strict=True)
+    ]
     for _ in range(DRAWS):
         tensors = inputs(subject.card, {"n": n, "m": m}, grad=True)
         out = call(subject, tensors, **options)
@@ -280,10 +303,10 @@ def reach(subject: Subject, n: int, m: int, **options: Any) -> tuple[Tensor, Ten
             grads = torch.autograd.grad(
                 (out[:, :, i] * torch.randn_like(out[:, :, i])).sum(), tensors, retain_graph=True, allow_unused=True
             )
-            for table, grad in zip((queries, *[keys] * (len(grads) - 1)), grads, strict=True):
-                if grad is not None:
-                    # a number a key has no width
-                    table[i] = torch.maximum(table[i], grad.abs().reshape(*grad.shape[:3], -1).amax((0, 1, 3)))
+            for (table, place), grad in zip(tables, grads, strict=True):
+                if grad is not None and place is not None:
+                    others = [axis for axis in range(grad.dim()) if axis != place]
+                    table[i] = torch.maximum(table[i], grad.abs().amax(others))
     demand(not (queries.isnan().any() or keys.isnan().any()), "a gradient is NaN")
     return queries, keys
 
@@ -356,20 +379,21 @@ def padding(subject: Subject) -> None:
         batch, m = tensors[1].shape[0], tensors[1].shape[2]
         valid = hidden_keys(batch, m)
         pattern = _with(case.causal, KeyValid().bind(key_valid=valid))
-        hidden = [~valid.view(batch, 1, m, *[1] * (t.dim() - 3)) for t in tensors[1:]]
-        noise = [t + torch.randn_like(t) * 30 * h for t, h in zip(tensors[1:], hidden, strict=True)]
+        noisy = [
+            t if place is None else t + torch.randn_like(t) * 30 * ~valid.view(batch, 1, m, *[1] * (t.dim() - 3))
+            for t, place in zip(tensors, along(card, "m"), strict=True)
+        ]
         run = lambda e: call(subject, tensors, pattern=pattern, engine=e)  # noqa: B023, E731
         for name, out in each_engine(subject, run):
-            again = call(subject, [tensors[0], *noise], pattern=pattern, engine=None if "choice" in name else name)
+            again = call(subject, noisy, pattern=pattern, engine=None if "choice" in name else name)
             demand_near(again, out, SAME[torch.float64], f"{case.what}, {name}: other values at hidden keys")
         kept = m - 3
         pattern = _with(case.causal, KeyValid().bind(key_valid=torch.arange(m).expand(batch, m) < kept))
-        short = [t[:, :, :kept] for t in tensors[1:]]
         same = case.causal or "cross" not in card.attends
         rows = slice(kept) if same else slice(None)
-        cut = call(subject, [tensors[0][:, :, rows], *short], **case.options)
+        expected = call(subject, cut(card, tensors, "mn" if same else "m", kept), **case.options)
         out = call(subject, tensors, pattern=pattern)[:, :, rows]
-        demand_near(out, cut, SAME[torch.float64], f"{case.what}: hiding the last keys, against cutting them off")
+        demand_near(out, expected, SAME[torch.float64], f"{case.what}: hiding the last keys, against cutting them off")
 
 
 @verifies("op", lambda card: "pattern" in card.accepts and not (card.padding and card.documents))
@@ -406,7 +430,7 @@ def documents(subject: Subject) -> None:
     for name, out in each_engine(subject, lambda e: call(subject, tensors, pattern=pattern, engine=e)):
         for row in range(len(doc)):
             for start, stop in zip(starts[row % 2], (*starts[row % 2][1:], n), strict=True):
-                given = [t[row : row + 1, :, start:stop] for t in tensors]
+                given = [t[row : row + 1] for t in cut(card, tensors, "nm", stop, start)]
                 alone = call(subject, given, **({"is_causal": True} if causal else {}))
                 what = f"{name}: the document of positions {start} to {stop - 1}"
                 demand_near(out[row : row + 1, :, start:stop], alone, SAME[torch.float64], what)
@@ -434,8 +458,9 @@ def mask_matters(subject: Subject) -> None:
         demand(distance(out, free) > CHANGE, f"{case.what}: the mask changes nothing")
         n, m = mask.shape
         for row in (0, n // 2, n - 1):
-            grads = torch.autograd.grad(out[:, :, row].square().sum(), tensors[1:], retain_graph=True)
-            hidden = [grad[:, :, ~mask[row]] for grad in grads]
+            grads = torch.autograd.grad(out[:, :, row].square().sum(), tensors, retain_graph=True)
+            places = along(subject.card, "m")
+            hidden = [g.movedim(p, 0)[~mask[row]] for g, p in zip(grads, places, strict=True) if p is not None]
             demand(all((g == 0).all() for g in hidden), f"{case.what}: query {row} sees a key that the mask hides")
         demand_refused(ShapeError, "a float mask", call, subject, tensors, mask=mask.double())
         wrong = mask.new_ones(n + 1, m + 1)
@@ -492,15 +517,19 @@ def pattern_matters(subject: Subject) -> None:
 
 @verifies("op", lambda card: "scale" in card.accepts)
 def scale_matters(subject: Subject) -> None:
-    """scale= multiplies the scores: doubling it equals doubling the queries, on every engine."""
+    """scale= multiplies the scores: doubling it equals doubling one factor of every score, on every engine."""
+    # the factor is the queries, or a further tensor of their width that stands between queries and keys
+    inside = [name for name, axes in parse(subject.card.spec).inputs if "d" in axes and not {"n", "m"} & set(axes)]
+    factor = inside[0] if inside else names(subject.card)[0]
     for case in cases(subject.card):
-        q, *rest = inputs(subject.card, case.sizes)
-        expected = call(subject, [2 * q, *rest], scale=0.3, **case.options)
-        run = lambda e: call(subject, [q, *rest], scale=0.6, engine=e, **case.options)  # noqa: B023, E731
+        tensors = inputs(subject.card, case.sizes)
+        twice = [2 * t if name == factor else t for name, t in zip(names(subject.card), tensors, strict=True)]
+        expected = call(subject, twice, scale=0.3, **case.options)
+        run = lambda e: call(subject, tensors, scale=0.6, engine=e, **case.options)  # noqa: B023, E731
         for name, out in each_engine(subject, run):
-            what = f"{case.what}, {name}: twice the scale, against twice the queries"
+            what = f"{case.what}, {name}: twice the scale, against twice {factor}"
             demand_near(out, expected, SAME[torch.float64], what)
-        plain = call(subject, [q, *rest], **case.options)
+        plain = call(subject, tensors, **case.options)
         demand(distance(plain, expected) > CHANGE, f"{case.what}: the scale changes nothing")
 
 
@@ -809,10 +838,10 @@ def forward_mode(subject: Subject) -> None:
 def decodes_from_a_cache(subject: Subject) -> None:
     """Late queries with q_offset over all keys so far equal their rows of the whole, on every engine."""
     n = subject.card.sizes["n"]
-    q, *rest = inputs(subject.card, {"n": n, "m": n})
-    whole = call(subject, [q, *rest], is_causal=True)
+    tensors = inputs(subject.card, {"n": n, "m": n})
+    whole = call(subject, tensors, is_causal=True)
     for start, stop in ((n - 1, n), (n - 4, n - 1), (2, 3), (0, 1)):
-        given = [q[:, :, start:stop], *(t[:, :, :stop] for t in rest)]
+        given = cut(subject.card, cut(subject.card, tensors, "m", stop), "n", stop, start)
         run = lambda e: call(subject, given, pattern=Causal(), q_offset=start, engine=e)  # noqa: B023, E731
         for name, out in each_engine(subject, run):
             what = f"{name}, queries {start} to {stop - 1} alone"
@@ -833,11 +862,11 @@ def continues_from_a_state(subject: Subject) -> None:
         outs, state, states = [], None, []
         bounds = (0, 3, 4, 5, n)
         for start, stop in pairwise(bounds):
-            given = [t[:, :, start:stop] for t in tensors]
+            given = cut(card, tensors, "nm", stop, start)
             out, state = subject.exports[name](*given, state=state, engine=engine, **options)
             outs.append(out)
             states.append(state)
-        given = [t[:, :, 3:4] for t in tensors]
+        given = cut(card, tensors, "nm", 4, 3)
         again, _ = subject.exports[name](*given, state=states[0], engine=engine, **options)
         demand(torch.equal(again, outs[1]), "an old state gives another result after later steps")
         return torch.cat(outs, 2)
@@ -878,7 +907,8 @@ def names_wrong_shapes(subject: Subject) -> None:
         seen |= set(letters)
     tensors = inputs(card, case.sizes)
     if "g" in card.sizes:
-        heads = [torch.cat((tensors[0], tensors[0][:, :1]), 1), *tensors[1:]]
+        places = along(card, "h")
+        heads = [t if p is None else torch.cat((t, t.narrow(p, 0, 1)), p) for t, p in zip(tensors, places, strict=True)]
         demand_refused(ShapeError, "heads that do not divide", call, subject, heads, **case.options)
     mixed = [tensors[0], tensors[1].float(), *tensors[2:]]
     demand_refused(ShapeError, "tensors of two dtypes", call, subject, mixed, **case.options)

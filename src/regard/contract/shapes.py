@@ -1,6 +1,7 @@
 """Shape specs: "q: b h n d, k: b g m d -> b h n d" names every axis once, for checks, tests and error texts.
 
-Letters: b batch, h query heads, g key heads, n queries, m keys, d key width, e value width, c model width.
+Letters: b batch, h query heads, g key heads, n queries, m keys, d key width, e value width, c model width,
+l landmarks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ AXES = {
     "d": "key width",
     "e": "value width",
     "c": "model width",
+    "l": "landmarks",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 
 from regard.contract.errors import OptionError, ShapeError
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class ConvSpec:
     """A convolution with its norm and activation, in the order [norm if norm_first] conv [norm if not] [act].
 
     out: channels. k, s: kernel and stride. p: zero padding on all sides, k // 2 if None. norm: "ln" over the channels,
-    "bn" over the batch. act: "gelu", "relu", "silu".
+    "bn" over the batch. act: "gelu", "gelu_tanh", "relu", "silu".
     """
 
     out: int

@@ -27,6 +27,7 @@ from regard.layers.conv_blocks import (
     make_norm,
 )
 from regard.layers.feed_forward import Mlp
+from regard.layers.patches import PositionTable
 
 # a small network of (channels in, channels out) where a convolution is not enough
 Custom = Callable[[int, int], nn.Module]
@@ -37,19 +38,22 @@ class BlockSpec:
     """One block.
 
     mixer: a mixer's name; "conv" for a 3 x 3 convolution (bottleneck only). heads, options: what the mixer is made with.
-    form: "two" has x + mixer(norm(x)), then x + mlp(norm(x)). "bottleneck" has a 1 x 1 convolution to `ratio` times the
-    width, the mixer there (at the block's stride), a 1 x 1 convolution back, each with batch norm, and a shortcut.
-    ratio: inner width over the width of the stage; in form "two" that of the feed-forward, 0 for none.
-    norm: "ln" or "bn", of form "two". cpe: kernel of a depthwise convolution added before the mixer, None for none.
-    layer_scale: start of the learned factors of both branches, None for none. act: activation.
+    form: "two" has x + mixer(norm(x)), then x + mlp(norm(x)). "post" has norm(x + mixer(x)), then norm(x + mlp(x)), with
+    dropout on both branches in place of dropped paths. "bottleneck" has a 1 x 1 convolution to `ratio` times the width,
+    the mixer there (at the block's stride), a 1 x 1 convolution back, each with batch norm, and a shortcut.
+    ratio: inner width over the width of the stage; of the feed-forward where there is one, 0 for none.
+    norm: "ln" or "bn", not of a bottleneck; norm_eps: of these, the network's if None. cpe: kernel of a depthwise
+    convolution added before the mixer, None for none. layer_scale: start of the learned factors of both branches, None
+    for none. act: activation.
     """
 
     mixer: str
     heads: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
-    form: Literal["two", "bottleneck"] = "two"
+    form: Literal["two", "post", "bottleneck"] = "two"
     ratio: float = 4.0
     norm: str = "ln"
+    norm_eps: float | None = None
     cpe: int | None = None
     layer_scale: float | None = None
     act: str = "gelu"
@@ -59,7 +63,8 @@ class BlockSpec:
 class StageSpec:
     """Blocks of one width. blocks: taken in turns until there are `depth`. down: what comes before them.
 
-    stride: of the first block, which must then be a bottleneck.
+    stride: of the first block, which must then be a bottleneck. positions: places (H, W) of a learned table that is
+    added before the blocks, None for none.
     """
 
     dim: int
@@ -67,6 +72,7 @@ class StageSpec:
     blocks: tuple[BlockSpec, ...]
     down: ConvSpec | Custom | None = None
     stride: int = 1
+    positions: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -178,12 +184,16 @@ class Backbone(nn.Module):
         """The output of every stage, fine to coarse: views (B, C, H, W) in channels-last layout."""
         return tuple(x.permute(0, 3, 1, 2) for x in self._stages(images))
 
-    def _stages(self, images: Tensor) -> list[Tensor]:
+    def _stem(self, images: Tensor) -> Tensor:
         if images.dim() != 4 or images.shape[1] != self.spec.channels:
             raise ShapeError(f"images are {tuple(images.shape)}; they must be (B, {self.spec.channels}, Y, X)")
         x = images.permute(0, 2, 3, 1)
         for part in self.stem:
             x = part(x)
+        return x
+
+    def _stages(self, images: Tensor) -> list[Tensor]:
+        x = self._stem(images)
         found = []
         for stage in self.stages:
             x = stage(x)
@@ -210,6 +220,7 @@ class Stage(nn.Module):
         if spec.down is not None:
             self.down = spec.down.build(channels) if isinstance(spec.down, ConvSpec) else spec.down(channels, spec.dim)
             channels = spec.down.out if isinstance(spec.down, ConvSpec) else spec.dim
+        self.positions = PositionTable(channels, spec.positions) if spec.positions else None
         blocks: list[nn.Module] = []
         for i, rate in enumerate(rates):
             block = spec.blocks[i % len(spec.blocks)]
@@ -227,23 +238,33 @@ class Stage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.down(x)
+        x = self.enter(x)
         for block in self.blocks:
             x = block(x)
         return x
 
+    def enter(self, x: Tensor) -> Tensor:
+        """What the first block gets: (B, H, W, C) -> (B, H', W', spec.dim)."""
+        x = self.down(x)
+        return x if self.positions is None else self.positions(x)
+
 
 class TwoResiduals(nn.Module):
-    """x = cpe(x); x + scale(mixer(norm(x))); x + scale(mlp(norm(x))): (B, H, W, C) -> (B, H, W, C)."""
+    """x = cpe(x); x + scale(mixer(norm(x))); x + scale(mlp(norm(x))): (B, H, W, C) -> (B, H, W, C).
+
+    In form "post" the norms stand behind the sums.
+    """
 
     def __init__(self, dim: int, spec: BlockSpec, norm_eps: float, rate: float):
         super().__init__()
+        norm_eps = norm_eps if spec.norm_eps is None else spec.norm_eps
+        self.post = spec.form == "post"
         self.cpe1 = Conv(dim, ConvSpec(dim, spec.cpe, groups=dim)) if spec.cpe else None
         self.norm1 = make_norm(spec.norm, dim, norm_eps)
         self.mixer = make_mixer(spec.mixer, dim, spec.heads, **spec.options)
         self.on_grid = _is_on_grid(spec.mixer)
         self.ls1 = _layer_scale(dim, spec.layer_scale)
-        self.drop_path = DropPath(rate)
+        self.drop_path = nn.Dropout(rate) if self.post else DropPath(rate)
         hidden = int(spec.ratio * dim)
         self.norm2 = make_norm(spec.norm, dim, norm_eps) if hidden else None
         self.mlp = Mlp(dim, hidden, act=lambda: make_activation(spec.act)) if hidden else None
@@ -252,9 +273,14 @@ class TwoResiduals(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.cpe1 is not None:
             x = x + self.cpe1(x)
-        x = x + self.drop_path(self.ls1(_mix(self, self.norm1(x))))
+        if self.post:
+            x = self.norm1(x + self.drop_path(self.ls1(_mix(self, x))))
+        else:
+            x = x + self.drop_path(self.ls1(_mix(self, self.norm1(x))))
         if self.norm2 is None or self.mlp is None or self.ls2 is None:
             return x
+        if self.post:
+            return self.norm2(x + self.drop_path(self.ls2(self.mlp(x))))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 

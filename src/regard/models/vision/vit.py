@@ -42,10 +42,11 @@ class ViTSettings:
     """What a vision transformer is made of.
 
     image: pixels (Y, X) that positions and token counts are made for. patch: pixels on a side. mixer: a name; options:
-    its own. prefix: names of learned tokens beside the patches. cls_position: where "cls" stands; the others are in
-    front. pos: "learned" adds a table to the patches, "rope" has the mixer rotate by the place in the sequence.
-    bias: in the mixer's projections. pool: what the head reads, the class token or the mean over patches.
-    layer_scale: where the learned factors of both branches start, None for none. drop_path: rate of the last block.
+    its own. mixer_blocks: how many blocks, from the first, have it, None for all; the others have softmax. prefix:
+    names of learned tokens beside the patches. cls_position: where "cls" stands; the others are in front. pos:
+    "learned" adds a table to the patches, "rope" has the mixer rotate by the place in the sequence. bias: in the
+    mixer's projections. pool: what the head reads, the class token or the mean over patches. layer_scale: where the
+    learned factors of both branches start, None for none. drop_path: rate of the last block.
     """
 
     image: tuple[int, int] = (224, 224)
@@ -55,6 +56,7 @@ class ViTSettings:
     heads: int = 12
     mixer: str = "softmax"
     options: Mapping[str, Any] = field(default_factory=dict)
+    mixer_blocks: int | None = None
     mlp_ratio: float = 4.0
     prefix: tuple[str, ...] = ("cls",)
     cls_position: Literal["first", "last"] = "first"
@@ -77,6 +79,10 @@ SIZES = {
     "deit_base": _BASE,
     # the released default configuration: a quarter of the keys, a sixth of the tokens as columns of the estimate
     "sparsifiner_deit_small": replace(_SMALL, mixer="sparsifiner", options={"keep": 0.25, "reduce_n": 6}),
+    # the released configurations; the base size has more agents, in its first blocks alone
+    "agent_deit_tiny": replace(_BASE, dim=192, heads=3, mixer="agent", options={"agents": 49}, drop_path=0.0),
+    "agent_deit_small": replace(_SMALL, mixer="agent", options={"agents": 49}),
+    "agent_deit_base": replace(_BASE, mixer="agent", options={"agents": 81}, mixer_blocks=4, drop_path=0.3),
 }
 
 
@@ -96,9 +102,12 @@ class ViT(nn.Module):
         self.patches = PatchEmbed(s.dim, s.patch, channels=s.channels)
         self.positions = PositionTable(s.dim, grid) if s.pos in ("learned", "both") else None
         self.prefix = nn.Parameter(nn.init.trunc_normal_(torch.empty(len(s.prefix), s.dim), std=0.02))
-        tokens = grid[0] * grid[1] + len(s.prefix)
         rates = [s.drop_path * i / max(s.depth - 1, 1) for i in range(s.depth)]
-        self.blocks = nn.ModuleList(Block(self.settings, tokens, rate) for rate in rates)
+        with_mixer = s.depth if s.mixer_blocks is None else s.mixer_blocks
+        plain = replace(self.settings, mixer="softmax", options={})
+        self.blocks = nn.ModuleList(
+            Block(self.settings if i < with_mixer else plain, grid, rate) for i, rate in enumerate(rates)
+        )
         self.norm = nn.LayerNorm(s.dim, eps=1e-6)
         self.head = nn.Linear(s.dim, s.classes) if s.classes else nn.Identity()
         self._initialise()
@@ -117,12 +126,13 @@ class ViT(nn.Module):
         if self.positions is not None:
             x = self.positions(x)
         front, _ = self._around()
+        shape = (x.shape[1], x.shape[2])
         # the class token that stands last is taken out of the names in front
         names = sorted(range(len(self.prefix)), key=lambda i: self._stands_last(i))
         added = self.prefix[names].expand(x.shape[0], -1, -1)
         x = torch.cat((added[:, :front], x.flatten(1, 2), added[:, front:]), 1)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, shape)
         return self.norm(x)
 
     def load_timm(self, weights: Mapping[str, Tensor]) -> None:
@@ -165,27 +175,35 @@ class ViT(nn.Module):
 
 
 class Block(nn.Module):
-    """x + scale(mixer(norm(x))); x + scale(mlp(norm(x))): (B, N, C) -> (B, N, C). tokens: N. rate: of dropped paths."""
+    """x + scale(mixer(norm(x))); x + scale(mlp(norm(x))): (B, N, C) -> (B, N, C).
 
-    def __init__(self, settings: ViTSettings, tokens: int, rate: float):
+    grid: patches (H, W) that it is made for. rate: of dropped paths.
+    """
+
+    def __init__(self, settings: ViTSettings, grid: tuple[int, int], rate: float):
         super().__init__()
         s = settings
         self.norm1 = nn.LayerNorm(s.dim, eps=1e-6)
-        self.mixer = _mixer(s, tokens)
+        self.mixer = _mixer(s, grid)
+        self.on_grid = mixer_entry(s.mixer).path.parent.name == "grid"
         self.ls1 = nn.Identity() if s.layer_scale is None else LayerScale(s.dim, s.layer_scale)
         self.drop_path = DropPath(rate)
         self.norm2 = nn.LayerNorm(s.dim, eps=1e-6)
         self.mlp = Mlp(s.dim, int(s.mlp_ratio * s.dim))
         self.ls2 = nn.Identity() if s.layer_scale is None else LayerScale(s.dim, s.layer_scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.mixer(self.norm1(x))))
+    def forward(self, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        """shape: patches (H, W) of this image."""
+        y = self.norm1(x)
+        x = x + self.drop_path(self.ls1(self.mixer(y, shape=shape) if self.on_grid else self.mixer(y)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 def _check(s: ViTSettings) -> None:
     if s.depth < 1:
         raise OptionError(f"a vision transformer has at least 1 block, not {s.depth}")
+    if s.mixer_blocks is not None and not 0 <= s.mixer_blocks <= s.depth:
+        raise OptionError(f"mixer_blocks is {s.mixer_blocks}; it is a number of the {s.depth} blocks, or None")
     if s.image[0] % s.patch or s.image[1] % s.patch:
         raise OptionError(f"an image of {s.image[0]}x{s.image[1]} pixels does not divide into patches of {s.patch}")
     if len(set(s.prefix)) < len(s.prefix):
@@ -198,18 +216,21 @@ def _check(s: ViTSettings) -> None:
             raise OptionError(f"{name} is {getattr(s, name)!r}; it is one of {allowed}")
 
 
-def _mixer(s: ViTSettings, tokens: int) -> nn.Module:
+def _mixer(s: ViTSettings, grid: tuple[int, int]) -> nn.Module:
     entry = mixer_entry(s.mixer)
-    if entry.path.parent.name == "grid":
-        raise OptionError(f"{s.mixer} mixes a grid; a vision transformer's mixer takes tokens")
     # an op is wrapped in the attention layer
     known = inspect.signature(Attention if entry.room == "ops" else entry.load()).parameters
+    if entry.path.parent.name == "grid" and "prefix" not in known:
+        raise OptionError(
+            f"{s.mixer} mixes a grid; a vision transformer's mixer takes tokens, or a grid with a prefix of tokens"
+        )
     rotary = s.pos in ("rope", "both")
     if rotary and "rotary" not in known:
         raise OptionError(f"{s.mixer} has no rotary positions: take pos='learned'")
     if "prefix" in known and s.cls_position == "last":
         raise OptionError(f"{s.mixer} takes the class token in front: cls_position='first'")
-    given = {"bias": s.bias, "rotary": rotary, "num_tokens": tokens, "prefix": len(s.prefix)}
+    count = grid[0] * grid[1] + len(s.prefix)
+    given = {"bias": s.bias, "rotary": rotary, "num_tokens": count, "prefix": len(s.prefix), "grid": grid}
     options = {**{name: value for name, value in given.items() if name in known}, **s.options}
     return make_mixer(s.mixer, s.dim, s.heads, **options)
 
