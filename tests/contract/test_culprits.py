@@ -19,6 +19,7 @@ STRUCTURE = {
     "model": ("model_runs",),
     "parallel": ("splits_by_group",),
     "intervention": ("is_a_frozen_value",),
+    "explanation": ("explanation_is_described",),
 }
 
 
@@ -57,6 +58,7 @@ def test_culprit_is_caught(path):
 @pytest.mark.parametrize("check", checks(), ids=lambda check: f"{check.kind}-{check.name}")
 def test_check_has_a_culprit(check):
     plural = {"op": "ops", "mixer": "mixers", "task": "tasks", "model": "models", "intervention": "steer"}
+    plural["explanation"] = "explain"
     folder = plural.get(check.kind, check.kind)
     guilty = [path for path in CULPRITS if path.parent.name == folder and caught_by(path) == check.name]
     assert guilty, f"no culprit in tests/culprits/{folder}/ is caught by {check.name}"
