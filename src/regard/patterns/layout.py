@@ -159,9 +159,8 @@ def from_entries(
     rows, columns = _blocks(n, block[0]), _blocks(m, block[1])
     line, column = _divide(key, columns)
     slab, row = _divide(line, rows) if batch * heads > 1 else (None, line)
-    # rows ascend already: a stable sort by columns turns the table
     line_t = column if slab is None else slab * columns + column
-    order = torch.sort(_narrow(line_t, batch * heads * columns), stable=True)[1]
+    order = _turned(line_t, batch * heads, rows, columns)
     crow, (col, tiles) = _compress(line, slab, (column, tile), batch * heads, rows)
     crow_t, (row_t, tiles_t) = _compress(
         line_t, None if slab is None else slab[order], (row[order], tile[order]), batch * heads, columns
@@ -172,6 +171,15 @@ def from_entries(
         block[0], block[1], n, m, q_offset, crow, col, tiles, bits,
         pack(_unpack(bits, block[1]).transpose(1, 2)), crow_t, row_t, tiles_t,
     )  # fmt: skip
+
+
+def _turned(line_t: Tensor, slabs: int, rows: int, columns: int) -> Tensor:
+    """The places of the entries by slab, column, row."""
+    if len(line_t) == slabs * rows * columns:
+        every = torch.arange(len(line_t), device=line_t.device)
+        return every.view(slabs, rows, columns).transpose(1, 2).flatten()
+    # rows ascend already: a stable sort by columns turns the table
+    return torch.sort(_narrow(line_t, slabs * columns), stable=True)[1]
 
 
 def distinct_tiles(words: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
