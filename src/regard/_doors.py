@@ -19,6 +19,7 @@ DOORS: dict[str, str] = {
     "lens": "regard.hosts.lens",
     "swap": "regard.hosts.transformers.swap",
     **dict.fromkeys(("SequenceModel", "SequenceSettings"), "regard.models.sequence.shell"),
+    **dict.fromkeys(("RegardForCausalLM", "RegardConfig"), "regard.models.sequence.pretrained"),
     "collect_losses": "regard.contract.collect",
     "add_loss": "regard.contract.collect",
     **dict.fromkeys(
@@ -32,6 +33,9 @@ DOORS: dict[str, str] = {
     ),
     **dict.fromkeys(("Softmax", "Sigmoid", "L1", "ReLUOverN", "Linear", "Sharpen"), "regard.primitives.normalisers"),
     "merge": "regard.primitives.merge",
+    **dict.fromkeys(
+        ("PeerLost", "SequenceParallel", "position_ids", "shard", "sum_gradients", "unshard"), "regard.parallel"
+    ),
     **dict.fromkeys(
         ("RegardError", "ShapeError", "OptionError", "Unsupported", "MissingExtra", "UnknownName"),
         "regard.contract.errors",
