@@ -6,7 +6,7 @@ BIN := .venv/bin
 export REGARD_NATIVE ?= $(if $(shell command -v $(or $(CXX),c++)),require)
 SYSTEM_CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: demo test test-slow lint docs chromium clean
+.PHONY: demo test test-slow lint docs tiny-lm chromium clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,6 +31,14 @@ test: .venv/installed chromium
 test-slow: .venv/installed chromium
 	$(BIN)/python -m pytest -m slow
 
+# triton is large, and of use with a GPU only: it stands beside the environment, and is seen by its own tests alone
+.triton/installed: .venv/installed pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target .triton "$$(sed -n 's/^triton = \["\(.*\)"\]/\1/p' pyproject.toml)"
+	touch $@
+
+test-triton: .triton/installed
+	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/engines/test_triton_*.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -40,5 +48,9 @@ lint: .venv/installed
 docs: .venv/installed
 	$(BIN)/python docs/generate.py
 
+# minutes of one core; goes on when killed, and fails when a score is below what the recipe promises
+tiny-lm: .venv/installed
+	$(BIN)/python -m regard.bench.proving.tiny_lm
+
 clean:
-	rm -rf .venv out
+	rm -rf .venv .triton out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -12,11 +11,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from regard.bench.results import write_atomically
+from regard.bench.checkpoint import load_checkpoint, save_checkpoint
 from regard.bench.task import IGNORED, Rows, Task, accuracy
 
 EVALUATIONS = 16
@@ -155,40 +152,14 @@ class _Run:
         self.curve: list[list[float]] = []
 
     def save(self) -> None:
-        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for name, p in self.model.named_parameters():
-            for key, value in self.optimizer.state.get(p, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
-        facts = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "recipe": repr(self.recipe)}
-        write_atomically(self.path, save(tensors, {"run": json.dumps(facts)}))
+        facts = {"step": self.step, "seconds": self.seconds, "curve": self.curve}
+        save_checkpoint(self.path, self.model, [self.optimizer], repr(self.recipe), facts)
 
     def restore(self) -> None:
         """Go on from the checkpoint; one that is damaged or of other settings is left aside, and the run starts anew."""
-        if not self.path.exists():
-            return
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})["run"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if facts["recipe"] != repr(self.recipe):
-                return
-            named = dict(self.model.named_parameters())
-            for name, p in named.items():
-                if tensors[f"model.{name}"].shape != p.shape:
-                    return
-        except (SafetensorError, KeyError, ValueError, OSError):
-            return
-        with torch.no_grad():
-            for name, p in named.items():
-                p.copy_(tensors[f"model.{name}"])
-                state = {
-                    key.split(".", 2)[1]: value
-                    for key, value in tensors.items()
-                    if key.startswith("optimizer.") and key.split(".", 2)[2] == name
-                }
-                if state:
-                    self.optimizer.state[p] = state
-        self.step, self.seconds, self.curve = facts["step"], facts["seconds"], facts["curve"]
+        facts = load_checkpoint(self.path, self.model, [self.optimizer], repr(self.recipe))
+        if facts is not None:
+            self.step, self.seconds, self.curve = facts["step"], facts["seconds"], facts["curve"]
 
 
 def _optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
