@@ -1,4 +1,4 @@
-"""Positions: rotary, sinusoids, ALiBi slopes."""
+"""Positions: rotary, its learned linear form, sinusoids, ALiBi slopes."""
 
 from __future__ import annotations
 
@@ -41,6 +41,17 @@ def rope(
         a, b = turned[..., ::2], turned[..., 1::2]
         out = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     return torch.cat((out, rest), -1)
+
+
+def lrpe(x: Tensor, positions: Tensor, theta: Tensor) -> Tensor:
+    """[x cos(position theta), x sin(position theta)]: (B, H, N, D) -> (B, H, N, 2 D) (linearised relative positions).
+
+    positions: (N,). theta: angles a position, (H, D). Two turned vectors have the product
+    sum over c of x_c y_c cos((i - j) theta_c): it depends on the distance alone.
+    """
+    # far out a float32 angle is off by more than a digit of its cosine
+    angles = positions.to(torch.float64)[:, None] * theta.to(torch.float64)[:, None]
+    return torch.cat((x * angles.cos().to(x.dtype), x * angles.sin().to(x.dtype)), -1)
 
 
 def sinusoid(positions: Tensor, dim: int, *, base: float = 1e4) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from regard.contract.errors import OptionError, ShapeError
 from regard.contract.names import mixer as make_mixer
 from regard.contract.names import mixer_entry
-from regard.layers.feed_forward import SwiGLU
+from regard.contract.split import token_positions
+from regard.layers.feed_forward import SGLU, SwiGLU
 from regard.primitives.positions import sinusoid
 from regard.primitives.state import StackState
 
@@ -29,7 +30,8 @@ class SequenceSettings:
     over the layers. options: mixer name -> its options. hidden: inner width of the feed-forward, 0 for none.
     positions: "none" (the mixers see to it) or "sinusoid". is_causal: False for an encoder. tied: the head shares the
     embedding. std: deviation of the initial weights, (3 dim)^-1/2 if None; projections into the residual stream have
-    std / sqrt(2 depth).
+    std / sqrt(2 depth). norm: "rms", or "srms" without a gain. feed_forward: "swiglu", or "sglu" without an activation.
+    scale_embedding: embeddings enter times sqrt(dim).
     """
 
     vocab: int
@@ -43,6 +45,9 @@ class SequenceSettings:
     is_causal: bool = True
     tied: bool = False
     std: float | None = None
+    norm: Literal["rms", "srms"] = "rms"
+    feed_forward: Literal["swiglu", "sglu"] = "swiglu"
+    scale_embedding: bool = False
 
 
 class Block(nn.Module):
@@ -50,10 +55,11 @@ class Block(nn.Module):
 
     def __init__(self, settings: SequenceSettings, layer: int):
         super().__init__()
-        self.norm_mixer = nn.RMSNorm(settings.dim)
+        feed_forward = SGLU if settings.feed_forward == "sglu" else SwiGLU
+        self.norm_mixer = _norm(settings)
         self.mixer: Any = _mixer(settings, layer)
-        self.norm_mlp = nn.RMSNorm(settings.dim) if settings.hidden else None
-        self.mlp = SwiGLU(settings.dim, settings.hidden) if settings.hidden else None
+        self.norm_mlp = _norm(settings) if settings.hidden else None
+        self.mlp = feed_forward(settings.dim, settings.hidden) if settings.hidden else None
 
     def forward(self, x: Tensor, *, padding: Tensor | None, reset: Tensor | None, is_causal: bool) -> Tensor:
         x = x + self.mixer(self.norm_mixer(x), padding=padding, reset=reset, is_causal=is_causal)
@@ -86,7 +92,7 @@ class SequenceModel(nn.Module):
         self.settings = settings
         self.embed = nn.Embedding(settings.vocab, settings.dim)
         self.blocks = nn.ModuleList(Block(settings, layer) for layer in range(settings.depth))
-        self.norm = nn.RMSNorm(settings.dim)
+        self.norm = _norm(settings)
         self.head = nn.Linear(settings.dim, settings.vocab, bias=False)
         self._initialise()
         if settings.tied:
@@ -151,7 +157,7 @@ class SequenceModel(nn.Module):
             raise OptionError(f"a temperature is at least 0, not {temperature}")
         logits, state = self.prefill(ids, self.init_state(ids.shape[0], device=ids.device))
         for _ in range(tokens):
-            ids = torch.cat((ids, _draw(logits[:, -1], temperature, top_k, generator)), 1)
+            ids = torch.cat((ids, draw(logits[:, -1], temperature, top_k, generator)), 1)
             logits, state = self.step(ids[:, -1:], state)
         return ids
 
@@ -159,8 +165,10 @@ class SequenceModel(nn.Module):
         if ids.dim() != 2 or ids.is_floating_point():
             raise ShapeError(f"token ids are {ids.dtype} {tuple(ids.shape)}; they must be integers (B, N)")
         x = self.embed(ids)
+        if self.settings.scale_embedding:
+            x = x * self.settings.dim**0.5
         if self.settings.positions == "sinusoid":
-            positions = torch.arange(start, start + ids.shape[1], device=ids.device)
+            positions = token_positions(start, ids.shape[1], ids.device)
             x = x + sinusoid(positions, self.settings.dim).to(x.dtype)
         return x
 
@@ -180,6 +188,21 @@ def mixer_of(settings: SequenceSettings, layer: int) -> str:
     return names[layer % len(names)]
 
 
+def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """One token a row, int64 (B, 1), from logits (B, vocab); the options are those of `SequenceModel.generate`."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+
+
+def _norm(settings: SequenceSettings) -> nn.RMSNorm:
+    return nn.RMSNorm(settings.dim, elementwise_affine=settings.norm == "rms")
+
+
 def _mixer(settings: SequenceSettings, layer: int) -> nn.Module:
     name = mixer_of(settings, layer)
     options = dict(settings.options.get(name, {}))
@@ -188,13 +211,3 @@ def _mixer(settings: SequenceSettings, layer: int) -> nn.Module:
     if entry.room == "mixers" and "layers" in inspect.signature(entry.load()).parameters:
         options = {"layer": layer, "layers": settings.depth, **options}
     return make_mixer(name, settings.dim, settings.heads, **options)
-
-
-def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
