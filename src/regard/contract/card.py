@@ -174,6 +174,21 @@ class InterventionCard(Card):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodingCard(Card):
+    """A way of writing, handed to `generate(custom_generate=...)` of a pretrained model.
+
+    generate: what generate is told beside it. off: settings with which it writes what the library itself writes when told
+    the same. padding: rows are written alone, whatever pads they have.
+    """
+
+    kind: ClassVar[str] = "decoding"
+
+    generate: dict[str, Any] = field(default_factory=dict)
+    off: dict[str, Any] = field(default_factory=dict)
+    padding: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskCard(Card):
     """A benchmark task. version enters every result; chance is the score of guessing, as text."""
 
@@ -185,5 +200,15 @@ class TaskCard(Card):
 
 
 CARDS: dict[str, type[Card]] = {
-    c.__name__: c for c in (OpCard, MixerCard, ParallelCard, ModelCard, InterventionCard, ExplanationCard, TaskCard)
+    c.__name__: c
+    for c in (
+        OpCard,
+        MixerCard,
+        ParallelCard,
+        ModelCard,
+        InterventionCard,
+        DecodingCard,
+        ExplanationCard,
+        TaskCard,
+    )
 }

@@ -169,6 +169,7 @@ def from_file(path: str | Path) -> Entry:
         "model": "models",
         "explanation": "explain",
         "intervention": "steer",
+        "decoding": "steer",
         "task": "bench",
     }[card.kind]
     return Entry(card, path, f"regard_file_{card.slug}", room)

@@ -14,8 +14,9 @@ from types import ModuleType
 from typing import Any
 
 from regard.contract.errors import OptionError, Unsupported, near
+from regard.contract.split import current
 
-FAMILIES = ("dense", "block_sparse", "gather", "scan", "readout", "native")
+FAMILIES = ("dense", "block_sparse", "gather", "scan", "readout", "automatic", "native")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ def choose(
     "reference" for the definition. notes: what the verdicts say beside the reasons, by name. Raises OptionError for
     an unknown name, Unsupported with all reasons.
     """
+    split = current()
+    if split is not None:
+        return split.implementation(implementations, requested, call)
     if requested is None and not _listeners:
         for implementation in implementations:
             if not implementation.cannot(call):

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar, cast
 from regard.contract.card import OpCard
 from regard.contract.errors import OptionError, Unsupported, near
 from regard.contract.shapes import bind, check_types, parse
+from regard.contract.split import current
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -61,6 +62,9 @@ def operator(card: OpCard) -> Callable[[Callable[P, R]], Operator[P, R]]:
             if options:
                 _refuse(card, unclaimed, options)
             _refuse_shape(card, sizes, options, hint)
+            split = current()
+            if split is not None:
+                split.admit(card.slug)
             return body(*tensors, **options)  # type: ignore[call-arg,arg-type]
 
         def reference(*args: Any, **options: Any) -> R:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.contract.errors import OptionError, ShapeError, Unsupported, near
+from regard.contract.split import token_positions
 from regard.layers.caches import KVState
 from regard.patterns import Bound, Causal, Documents, Full, KeyValid, Pattern, SlidingWindow
 from regard.primitives.positions import rope
@@ -144,7 +145,7 @@ class Attention(nn.Module):
     def _rotate(self, q: Tensor, k: Tensor, start: int) -> tuple[Tensor, Tensor]:
         if not self.rotary:
             return q, k
-        positions = torch.arange(start, start + q.shape[2], device=q.device)
+        positions = token_positions(start, q.shape[2], q.device)
         return rope(q, positions, base=self.rotary_base), rope(k, positions, base=self.rotary_base)
 
     def _counts(self, pattern: AnyPattern, n: int, m: int, q_offset: int, device: torch.device) -> Tensor | None:
