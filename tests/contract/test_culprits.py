@@ -19,6 +19,7 @@ STRUCTURE = {
     "model": ("model_runs",),
     "parallel": ("splits_by_group",),
     "intervention": ("is_a_frozen_value",),
+    "decoding": ("decoding_is_a_frozen_value",),
     "explanation": ("explanation_is_described",),
 }
 
