@@ -41,7 +41,7 @@ class Tape:
     Shapes: q (B, H, N, D), k, v (B, G, M, D), scores and weights (B, H, N, M) or as `reduce` says, z (B, N, H, E), streams
     (B, N, C), mlp_hidden (B, N, F), router: logits, weights, experts of all tokens, logits (B, N, V). k and v are after
     positions and cache. step: 0 for the first pass, then 1, 2, … meta: ids, padding, heads, key_heads, scale, layers,
-    grid. output: what the model returned, where `record` ran it.
+    grid, reduce and count. output: what the model returned, where `record` ran it.
     """
 
     meta: dict[str, Any] = field(default_factory=dict)
@@ -201,7 +201,7 @@ class _Recorder:
     def open(self, session: Any) -> None:
         """Note what is known of the model, and resolve layers counted from the last."""
         main = session.anatomy.main
-        self.tape.meta["layers"] = len(main.layers)
+        self.tape.meta |= {"layers": len(main.layers), "reduce": self.reduces, "count": self.count}
         self.place = main.place
         if self.layers is not None:
             self.layers = tuple(layer % len(main.layers) for layer in self.layers)
