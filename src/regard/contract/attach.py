@@ -107,6 +107,10 @@ class AttentionCall:
         """The call with other tensors, to be computed by our own engines."""
         return replace(self, **changes, plain=None)
 
+    def instead_of(self, z: Tensor, name: str) -> AttentionCall:
+        """The call whose result is known already, by something else than softmax over all that it may see."""
+        return replace(self, plain=lambda: z, instead=name)
+
     def run(self) -> Tensor:
         """The heads' outputs (B, H, N, E)."""
         if self.plain is not None:

@@ -120,13 +120,30 @@ class MixerCard(Card):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PoolCard(Card):
+    """A module with weights, the tokens of a row to one vector: (B, N, C) -> (B, C).
+
+    An example with an axis l says that it takes the tokens of all layers, (B, L, N, C).
+    """
+
+    kind: ClassVar[str] = "pool"
+
+    time: str = ""
+    memory: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCard(Card):
-    """Mixers stacked. task: what goes in and out. decode: it has init_state, prefill and step."""
+    """Mixers stacked. task: what goes in and out. decode: it has init_state, prefill and step.
+
+    stands_on: the specimen of the foreign models that it is built on, "" for none; then it takes the model first.
+    """
 
     kind: ClassVar[str] = "model"
 
     task: str
     decode: bool = False
+    stands_on: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +221,7 @@ CARDS: dict[str, type[Card]] = {
     for c in (
         OpCard,
         MixerCard,
+        PoolCard,
         ParallelCard,
         ModelCard,
         InterventionCard,

@@ -165,6 +165,7 @@ def from_file(path: str | Path) -> Entry:
     room = {
         "op": "ops",
         "mixer": "mixers",
+        "pool": "mixers",
         "parallel": "parallel",
         "model": "models",
         "explanation": "explain",

@@ -48,7 +48,7 @@ def mixers() -> dict[str, Entry]:
     """Every name that `mixer` takes -> the file behind it: mixers, and ops that decode from keys and values."""
     entries = catalogue().values()
     ops = {e.card.slug: e for e in entries if isinstance(e.card, OpCard) and e.card.decode == "kv"}
-    own = {e.card.part_of or e.card.slug: e for e in entries if e.room == "mixers"}
+    own = {e.card.part_of or e.card.slug: e for e in entries if e.card.kind == "mixer"}
     return dict(sorted({**ops, **own}.items()))
 
 

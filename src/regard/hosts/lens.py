@@ -23,4 +23,5 @@ def lens(model: Any, hidden: Tensor, *, norm: bool = True) -> Tensor:
     final = open_session(model, ()).anatomy.main.final
     if final is None:
         raise Unsupported(f"{type(model).__name__} has no final norm that was recognised; give norm=False")
-    return head(final(hidden))
+    # not through the module: hooks on it would take this for a pass of the model
+    return head(final.forward(hidden))

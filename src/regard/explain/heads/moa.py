@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from regard.contract.card import ExplanationCard
 from regard.contract.errors import OptionError, ShapeError, Unsupported
 from regard.engines.precision import accumulator
 from regard.engines.readout import readout
@@ -31,6 +32,13 @@ from regard.explain.heads.rule_choice import RuleChoice
 from regard.layers.attention import Attention
 from regard.patterns import Bound, Causal, Pattern
 from regard.patterns.elastic import SINK_BLOCKS, MoAPlan, band_blocks, block_count, check_rule, seen_blocks
+
+CARD = ExplanationCard(
+    slug="moa",
+    part_of="moa",
+    title="What windows of heads are worth, and a plan of them",
+    exports=("attention_influence", "fit_moa", "moa_front", "predicted_loss", "Influence"),
+)
 
 Layer: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 Rule: TypeAlias = tuple[float, float]

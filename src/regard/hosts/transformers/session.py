@@ -35,6 +35,8 @@ _HARMLESS = {
     "cross_attention_mask", "head_mask", "block_sequence_ids",
 }  # fmt: skip
 _KNOWN = {"s_aux", "position_bias", "softcap"}
+# what stood in an attribute that was not there
+_ABSENT = object()
 # families whose stack hands on as many tokens as it got, whatever its layers return
 _FIXED_LENGTH = {"gpt2"}
 
@@ -68,8 +70,8 @@ class TransformersSession(attach.Session):
         self.attached.remove(self)
 
     def change(self, thing: Any, name: str, value: Any) -> None:
-        """Set an attribute, of a config say, until this session ends."""
-        self.attached.changes.setdefault(self, []).append((thing, name, getattr(thing, name)))
+        """Set an attribute, of a config say, until this session ends; one that was not there is taken away again."""
+        self.attached.changes.setdefault(self, []).append((thing, name, getattr(thing, name, _ABSENT)))
         setattr(thing, name, value)
 
     @property
@@ -150,7 +152,10 @@ class Attached:
         """End a session; with the last one nothing is left on the model."""
         self.effects = [(s, e) for s, e in self.effects if s is not session]
         for thing, name, value in reversed(self.changes.pop(session, [])):
-            setattr(thing, name, value)
+            if value is _ABSENT:
+                delattr(thing, name)
+            else:
+                setattr(thing, name, value)
         self._lay()
         if not self.effects:
             _MODELS.pop(self.model, None)
@@ -385,7 +390,7 @@ class Attached:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
             heads = self.model.config.num_attention_heads
             z = args[0].unflatten(-1, (heads, -1)).transpose(1, 2)
-            call = AttentionCall(z, z, z, None, None, 1.0, layer.index, self.step)
+            call = AttentionCall(z, z, z, None, None, 1.0, layer.index, self.step, self.anatomy.main.place)
             for effect in self.acting("on_z"):
                 z = effect.on_z(call, z)
             return (z.transpose(1, 2).flatten(2), *args[1:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -143,11 +143,8 @@ class _Instead:
             assert mask is not None
             pattern, offset = Explicit().bind(mask=mask.expand(-1, -1, call.q.shape[2], -1)), 0
         given = {"scale": call.scale} if "scale" in self.op.card.accepts else {}
-
-        def plain() -> Tensor:
-            return self.op(call.q, call.k, call.v, pattern=pattern, q_offset=offset, **given, **self.options)
-
-        return follow(replace(call, plain=plain, instead=self.op.card.slug))
+        z = self.op(call.q, call.k, call.v, pattern=pattern, q_offset=offset, **given, **self.options)
+        return follow(call.instead_of(z, self.op.card.slug))
 
 
 class _Mixed(nn.Module):

@@ -1,0 +1,1 @@
+"""Interventions on scores and weights: who attends to whom, and how much."""

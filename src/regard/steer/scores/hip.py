@@ -1,0 +1,103 @@
+"""HiP on a pretrained model: every layer but the first few attends to key blocks found by a tree search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from regard.contract.attach import AttentionCall, Session, intervention
+from regard.contract.card import InterventionCard
+from regard.contract.errors import OptionError, Unsupported
+from regard.engines.block_sparse import block_sparse
+from regard.ops.hip import hip_select
+from regard.patterns import BlockSelection
+
+CARD = InterventionCard(
+    slug="hip",
+    part_of="hip",
+    title="Hierarchical attention pruning of a pretrained model",
+    builds_on=("hip",),
+    exports=("HiP",),
+    options={"budget": 4, "block_q": 1, "recent": 2, "sinks": 1, "dense_layers": 0},
+    sites=("scores",),
+    off={"budget": 4096},
+)
+
+
+@intervention(CARD)
+@dataclass(frozen=True)
+class HiP:
+    """Attend to the last keys, the first ones and `budget` others that a search finds (section 3). The cache stays whole.
+
+    budget: keys found for each block of queries. block_q, block_k: rows and keys of a block; while writing a row is a block.
+    recent, sinks: keys that are always seen. representative: "first" or "center". dense_layers: the first so many layers
+    see all. refresh: a search serves so many tokens that are written. Rows with pads are refused, since ranges of the
+    search start at the first token. Raises OptionError, Unsupported.
+    """
+
+    budget: int = 512
+    block_q: int = 32
+    block_k: int = 2
+    recent: int = 128
+    sinks: int = 16
+    representative: Literal["first", "center"] = "first"
+    dense_layers: int = 3
+    refresh: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dense_layers < 0 or self.refresh < 1:
+            raise OptionError(
+                f"dense_layers is at least 0 and refresh at least 1, not {self.dense_layers} and {self.refresh}"
+            )
+        if not 1 <= self.block_k <= self.budget or self.block_q < 1 or self.recent < 1 or self.sinks < 0:
+            raise OptionError(
+                "block_q, block_k and recent are at least 1, the budget at least block_k, sinks at least 0"
+            )
+
+    def start(self, session: Session) -> _Search:
+        """The searches of one session."""
+        return _Search(self)
+
+
+class _Search:
+    """The effect: selections, kept while they serve."""
+
+    card = CARD
+
+    def __init__(self, given: HiP):
+        self.given = given
+        self.found: dict[int, tuple[int, BlockSelection]] = {}
+
+    def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
+        given, n, m = self.given, call.q.shape[2], call.k.shape[2]
+        if call.kind != "self" or call.place not in ("", "decoder") or call.layer < given.dense_layers:
+            return follow()
+        if m <= given.budget:
+            return follow()
+        padding = call.step.padding
+        if padding is not None and not bool(padding.all()):
+            raise Unsupported("hip searches from the first token on, which pads would move: write row by row")
+        if call.positions is not None or call.mask is not None or call.bias is not None:
+            raise Unsupported(
+                f"hip searches all keys before a row; layer {call.layer} has a mask, a bias or a cut cache"
+            )
+        selection = self._select(call, n)
+        made = block_sparse(call.q, call.k, call.v, selection, scale=call.scale, q_offset=call.step.start)
+        return follow(call.instead_of(made.out, "hip"))
+
+    def _select(self, call: AttentionCall, n: int) -> BlockSelection:
+        given, written = self.given, call.step.phase == "decode"
+        born, kept = self.found.get(call.layer, (0, None))
+        if written and kept is not None and 0 < call.step.start - born < given.refresh:
+            return kept
+        block_q = 1 if written or call.step.start % given.block_q else given.block_q
+        selection = hip_select(
+            call.q, call.k, budget=given.budget, block_q=block_q, block_k=given.block_k, recent=given.recent,
+            sinks=given.sinks, representative=given.representative, q_offset=call.step.start,
+        )  # fmt: skip
+        if written:
+            self.found[call.layer] = (call.step.start, selection)
+        return selection
