@@ -21,6 +21,9 @@ ROOM_WORDS = {
     "mixers": "layer",
     "parallel": "over processes",
     "models": "model",
+    "steer": "intervention",
+    "explain": "analysis",
+    "train": "training",
     "bench": "benchmark",
 }
 
@@ -62,6 +65,8 @@ def pages(entries: dict[str, Entry]) -> str:
             "engines",
             "whole",
             "sends",
+            "sites",
+            "owns",
         ):
             value = getattr(card, field, None)
             if value:

@@ -19,6 +19,7 @@ from torch import Tensor
 from regard.contract.errors import Unsupported
 from regard.engines import chunks, native_blocks
 from regard.engines.precision import accumulator, without_autocast
+from regard.engines.triton import blocks as triton_blocks
 from regard.patterns.algebra import Bound, Pattern, decode
 from regard.patterns.layout import BlockLayout
 from regard.patterns.selection import BlockSelection, TokenSelection
@@ -37,7 +38,7 @@ from regard.primitives.normalisers import (
 
 # what may travel into the operators, by place
 NORMALISERS: tuple[type[Normaliser], ...] = (Softmax, Sigmoid, L1, ReLUOverN, Linear, Exp, Grouped, Sharpen)
-WAYS = ("torch", "native", "gather")
+WAYS = ("torch", "native", "gather", "triton")
 PATTERN, LAYOUT, BLOCKS, TOKENS = range(4)
 # bound layouts that are remembered, for the backward pass and for the next layer with the same padding
 REMEMBERED = 8
@@ -194,15 +195,22 @@ def _unpack_pattern(kind: int, code: tuple[int, ...], data: Sequence[Tensor]) ->
 
 
 def _layout(
-    kind: int, code: tuple[int, ...], data: Sequence[Tensor], n: int, m: int, q_offset: int, heads: int
+    kind: int,
+    code: tuple[int, ...],
+    data: Sequence[Tensor],
+    n: int,
+    m: int,
+    q_offset: int,
+    heads: int,
+    device: torch.device,
 ) -> BlockLayout:
     """The layout of a call; those with data are remembered while the same tensors are alive and unwritten."""
     if kind == LAYOUT:
-        return BlockLayout(*code, *data)  # type: ignore[arg-type]
+        return BlockLayout(*code, *data).to(device)  # type: ignore[arg-type]
     if not data:
-        layout: BlockLayout = _unpack_value(code, data).layout(n, m, q_offset=q_offset)
+        layout: BlockLayout = _unpack_value(code, data).layout(n, m, q_offset=q_offset, device=device)
         return layout
-    key = (kind, code, n, m, q_offset, heads, *(id(t) for t in data))
+    key = (kind, code, n, m, q_offset, heads, device, *(id(t) for t in data))
     found = _remembered.get(key)
     if found is not None:
         held, versions, layout = found
@@ -211,9 +219,9 @@ def _layout(
             return layout
     pattern = _unpack_pattern(kind, code, data)
     if kind == PATTERN:
-        layout = pattern.layout(n, m, q_offset=q_offset)
+        layout = pattern.layout(n, m, q_offset=q_offset, device=device)
     else:
-        layout = pattern.to_layout(n, m, q_offset=q_offset, heads=heads)
+        layout = pattern.to_layout(n, m, q_offset=q_offset, heads=heads).to(device)
     _remembered[key] = tuple(weakref.ref(t) for t in data), tuple(t._version for t in data), layout
     while len(_remembered) > REMEMBERED:
         _remembered.popitem(last=False)
@@ -252,7 +260,7 @@ def _open(
     )
     if WAYS[way] == "gather":
         return "gather", _unpack_pattern(kind, tuple(written), data[2 * count :]), options
-    layout = _layout(kind, tuple(written), data[2 * count :], q.shape[2], k.shape[2], q_offset, q.shape[1])
+    layout = _layout(kind, tuple(written), data[2 * count :], q.shape[2], k.shape[2], q_offset, q.shape[1], q.device)
     return WAYS[way], layout, options
 
 
@@ -279,6 +287,8 @@ def _forward(
         way, keys, options = _open(q, k, v, bias, sinks, seed, tables, data, code, numbers, scale)
         if way == "native":
             return native_blocks.forward(q, k, v, keys, options)
+        if way == "triton":
+            return triton_blocks.forward(q, k, v, keys, options)
         return chunks.forward(_work(way, q, k, v, keys, options))
 
 
@@ -303,6 +313,8 @@ def _backward(
         way, keys, options = _open(q, k, v, bias, sinks, seed, tables, data, code, numbers, scale)
         if way == "native":
             grads = native_blocks.backward(dout, dlse, q, k, v, out, lse, keys, options)
+        elif way == "triton":
+            grads = triton_blocks.backward(dout, dlse, q, k, v, out, lse, keys, options)
         else:
             grads = chunks.backward(_work(way, q, k, v, keys, options), dout, dlse, out, lse)
     dbias = q.new_empty(0) if grads.bias is None else grads.bias

@@ -21,6 +21,7 @@ from regard.contract.errors import OptionError, ShapeError
 from regard.contract.shapes import bind, check_types, parse
 from regard.engines import block_ops, flex, groups, native_blocks
 from regard.engines.dense import Attended, Call, ScoreMod, prepare, run_explicit
+from regard.engines.triton import blocks as triton_blocks
 from regard.patterns import Bound, Causal, Explicit, Full, Pattern
 from regard.patterns.layout import BlockLayout
 from regard.patterns.selection import BlockSelection, Permuted, TokenSelection
@@ -278,10 +279,16 @@ def _no_native(call: Call) -> list[str]:
     return no_blocks(call) + native_blocks.cannot(call)
 
 
+def _no_triton(call: Call) -> list[str]:
+    return no_blocks(call) + triton_blocks.cannot(call)
+
+
 IMPLEMENTATIONS = (
     Implementation("block_sparse:native", _no_native, _run_blocks("native")),
     Implementation("block_sparse:flex", flex.cannot, flex.run),
     Implementation("block_sparse:torch", no_blocks, _run_blocks("torch")),
+    # never measured on a GPU: by name only, behind what runs everything that it runs
+    Implementation("block_sparse:triton", _no_triton, _run_blocks("triton")),
     Implementation("block_sparse:groups", groups.cannot, groups.run),
     Implementation("block_sparse:reference", no_reference, run_reference),
 )

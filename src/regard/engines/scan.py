@@ -21,6 +21,8 @@ from regard.engines import scan_native
 from regard.engines.precision import accumulator, without_autocast
 from regard.engines.scan_affine import affine_scan as affine_scan
 from regard.engines.scan_chunks import cumulate, scan_chunks
+from regard.engines.triton import fla
+from regard.engines.triton import scan as triton_scan
 from regard.patterns import Bound, Causal, Documents, Full, KeyValid, Pattern
 from regard.primitives.state import State
 
@@ -297,6 +299,24 @@ def _run_native(call: Call) -> tuple[Tensor, Tensor]:
     return scan_native.scan(call.q, call.k, call.v, call.scale, call.log_decay, call.s0, call.segment)
 
 
+def _no_triton(call: Call) -> list[str]:
+    reasons = triton_scan.cannot(call.q, call.k, call.v, call.log_decay)
+    return reasons if call.is_causal else [*reasons, "it is not causal"]
+
+
+def _run_triton(call: Call) -> tuple[Tensor, Tensor]:
+    return triton_scan.scan(call.q, call.k, call.v, call.scale, call.log_decay, call.s0, call.segment)
+
+
+def _no_fla(call: Call) -> list[str]:
+    reasons = fla.cannot(call.q, call.k, call.v, call.log_decay, call.segment)
+    return reasons if call.is_causal else [*reasons, "it is not causal"]
+
+
+def _run_fla(call: Call) -> tuple[Tensor, Tensor]:
+    return fla.scan(call.q, call.k, call.v, call.scale, call.log_decay, call.s0)
+
+
 def _run_chunks(call: Call) -> tuple[Tensor, Tensor]:
     call = _widen(call)
     if not call.is_causal:
@@ -364,6 +384,9 @@ def _prefix_log_sum_exp(x: Tensor, reset: Tensor | None) -> Tensor:
 IMPLEMENTATIONS = (
     Implementation("scan:step", _not_step, _run_step),
     Implementation("scan:native", _no_native, _run_native),
+    Implementation("scan:fla", _no_fla, _run_fla),
     Implementation("scan:torch", lambda call: [], _run_chunks),
+    # never measured on a GPU: by name only
+    Implementation("scan:triton", _no_triton, _run_triton),
     Implementation("scan:reference", lambda call: [], _run_reference),
 )
