@@ -213,7 +213,7 @@ class _Recorder:
         self._note(call)
         for site in set(self.sites) & set(_OF_CALL):
             if site == "weights":
-                self._lse = None
+                self._lse: Tensor | None = None
                 # what entropies need gives the others the log-sum-exp
                 for reduce in sorted(self.reduces, key=lambda reduce: reduce != "entropy"):
                     name = site if len(self.reduces) == 1 else f"{site}:{reduce}"

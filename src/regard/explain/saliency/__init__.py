@@ -1,0 +1,1 @@
+"""Which places of an image an answer hangs on."""
