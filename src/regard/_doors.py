@@ -20,6 +20,7 @@ DOORS: dict[str, str] = {
     "swap": "regard.hosts.transformers.swap",
     **dict.fromkeys(("SequenceModel", "SequenceSettings"), "regard.models.sequence.shell"),
     **dict.fromkeys(("RegardForCausalLM", "RegardConfig"), "regard.models.sequence.pretrained"),
+    **dict.fromkeys(("PoolingMatrix", "TextPairs", "pooling_matrix"), "regard.bench.text.trainable_pooling"),
     "collect_losses": "regard.contract.collect",
     "add_loss": "regard.contract.collect",
     **dict.fromkeys(

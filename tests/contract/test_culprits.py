@@ -15,6 +15,7 @@ CULPRITS = sorted((Path(__file__).parents[1] / "culprits").rglob("*.py"))
 STRUCTURE = {
     "op": ("card_is_attached", "signature", "axes"),
     "mixer": ("module_is_described", "signature_of_forward", "tokens_to_tokens"),
+    "pool": ("pool_is_described", "tokens_to_one_vector"),
     "task": ("rows_are_labelled",),
     "model": ("model_runs",),
     "parallel": ("splits_by_group",),
