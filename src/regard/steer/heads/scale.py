@@ -1,0 +1,174 @@
+"""Heads, attention and feed-forward parts taken out or scaled: what a model does without them, or with more of them.
+
+    z_h <- s z_h,   attn_out <- s attn_out,   mlp_out <- s mlp_out
+
+Taking a head out: its output becomes 0 or its mean, or its queries become 0, so that it weighs all keys alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from regard.contract.attach import AttentionCall, Step, intervention
+from regard.contract.card import InterventionCard
+from regard.contract.errors import OptionError
+from regard.hosts.tape import Tape
+
+CARD = InterventionCard(
+    slug="scale",
+    title="Heads and parts scaled or taken out",
+    exports=("AblateHeads", "ScaleComponents"),
+    options={"heads": ((0, 1), (1, 3))},
+    sites=("z",),
+    off={"heads": ()},
+    padding=True,
+    baseline=True,
+)
+
+# the stream that a part writes; heads write z
+_STREAMS = {"attn": "attn_out", "mlp": "mlp_out"}
+
+
+@intervention(CARD)
+@dataclass(frozen=True, kw_only=True)
+class AblateHeads:
+    """Take heads out.
+
+    heads: pairs (layer, head), layers negative from the last. mode: "zero" their outputs; "mean", they say what they say
+    on average over the real tokens of `tape`, which holds z; "mask_query", zero queries, so that the mean of the values
+    in sight comes out (biases stay). Raises OptionError; Unsupported for "mask_query" where attention is not dispatched.
+    """
+
+    heads: Sequence[tuple[int, int]]
+    mode: Literal["zero", "mean", "mask_query"] = "zero"
+    tape: Tape | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("zero", "mean", "mask_query"):
+            raise OptionError(f'mode is "zero", "mean" or "mask_query", not {self.mode!r}')
+        if (self.mode == "mean") != (self.tape is not None):
+            raise OptionError('mode="mean" takes a tape= with the site z, and no other mode does')
+        if self.mode == "mask_query":
+            object.__setattr__(self, "card", dataclasses.replace(CARD, sites=("q",)))
+
+    def start(self, session: Any) -> _Ablation:
+        """What acts in one session. Raises OptionError for heads that the model lacks."""
+        chosen: dict[int, list[int]] = {}
+        for layer, head in self.heads:
+            place = _place(session, "head", layer, head)
+            chosen.setdefault(place, []).append(head)
+        return _Ablation(self, chosen, session.anatomy.main.place)
+
+
+class _Ablation:
+    """One session of `AblateHeads`."""
+
+    def __init__(self, settings: AblateHeads, chosen: dict[int, list[int]], place: str):
+        self.settings, self.chosen, self.place = settings, chosen, place
+        if settings.mode == "mask_query":
+            self.on_z = None  # type: ignore[assignment]
+        else:
+            self.on_attention = None  # type: ignore[assignment]
+        self.means = {}
+        if settings.tape is not None:
+            self.means = {layer: _mean_of_real(settings.tape, layer) for layer in chosen}
+
+    def on_z(self, call: AttentionCall, z: Tensor) -> Tensor:
+        heads = self._heads(call)
+        if not heads:
+            return z
+        taken = _among(heads, z)
+        if self.settings.mode == "zero":
+            return z.masked_fill(taken, 0.0)
+        return torch.where(taken, self.means[call.layer].to(z)[None, :, None], z)
+
+    def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
+        heads = self._heads(call)
+        return follow(call.replace(q=call.q.masked_fill(_among(heads, call.q), 0.0))) if heads else follow()
+
+    def _heads(self, call: AttentionCall) -> list[int]:
+        return self.chosen.get(call.layer, []) if (call.place, call.kind) == (self.place, "self") else []
+
+
+@intervention(CARD)
+@dataclass(frozen=True)
+class ScaleComponents:
+    """Multiply what parts of a model say.
+
+    scales: ("head", layer, head), ("attn", layer) or ("mlp", layer) -> factor; layers negative from the last. A head is
+    scaled before the output projection, whose bias stays; attn and mlp with their biases, where they join the stream.
+    Raises OptionError; Unsupported where the model lacks the part.
+    """
+
+    scales: Mapping[tuple[Any, ...], float]
+
+    def __post_init__(self) -> None:
+        for key in self.scales:
+            kind = key[0] if isinstance(key, tuple) and key else None
+            if kind not in ("head", *_STREAMS) or len(key) != (3 if kind == "head" else 2):
+                raise OptionError(f'{key!r} is no part; write ("head", layer, head), ("attn", layer) or ("mlp", layer)')
+
+    def start(self, session: Any) -> _Scaling:
+        """What acts in one session. Raises OptionError for parts that the model lacks."""
+        heads: dict[int, dict[int, float]] = {}
+        streams: dict[tuple[str, int], float] = {}
+        for (kind, layer, *head), factor in self.scales.items():
+            place = _place(session, kind, layer, *head)
+            if kind == "head":
+                heads.setdefault(place, {})[head[0]] = factor
+            else:
+                streams[_STREAMS[kind], place] = factor
+        return _Scaling(heads, streams, session.anatomy.main.place)
+
+
+class _Scaling:
+    """One session of `ScaleComponents`."""
+
+    card = CARD
+
+    def __init__(self, heads: dict[int, dict[int, float]], streams: dict[tuple[str, int], float], place: str):
+        self.heads, self.streams, self.place = heads, streams, place
+        self.hidden_sites = tuple(sorted({site for site, _ in streams}))
+        if not heads:
+            self.on_z = None  # type: ignore[assignment]
+
+    def on_z(self, call: AttentionCall, z: Tensor) -> Tensor:
+        factors = self.heads.get(call.layer) if (call.place, call.kind) == (self.place, "self") else None
+        if not factors:
+            return z
+        by = z.new_ones(z.shape[1])
+        by[list(factors)] = z.new_tensor(list(factors.values()))
+        return z * by[:, None, None]
+
+    def on_hidden(self, step: Step, site: str, layer: int, x: Tensor) -> Tensor:
+        factor = self.streams.get((site, layer), 1.0)
+        return x if factor == 1.0 else x * factor
+
+
+def _place(session: Any, kind: str, layer: int, head: int = 0) -> int:
+    """The layer counted from the first, checked against the model."""
+    layers, heads = len(session.anatomy.main.layers), session.facts()["heads"]
+    if not -layers <= layer < layers or not 0 <= head < heads:
+        raise OptionError(
+            f"{kind} {(layer, head) if kind == 'head' else layer}: {layers} layers of {heads} heads are there"
+        )
+    return layer % layers
+
+
+def _among(heads: list[int], x: Tensor) -> Tensor:
+    """bool (1, H, 1, 1), True for some heads of x (B, H, N, E)."""
+    taken = torch.zeros(1, x.shape[1], 1, 1, dtype=torch.bool, device=x.device)
+    taken[:, heads] = True
+    return taken
+
+
+def _mean_of_real(tape: Tape, layer: int) -> Tensor:
+    """What each head of a layer says on average over the tokens that are no pads: (H, E)."""
+    z, padding = tape["z", layer], tape.meta.get("padding")
+    return z.flatten(0, 1).mean(0) if padding is None else z[padding].mean(0)
