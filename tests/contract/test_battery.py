@@ -47,7 +47,7 @@ def test_every_system_is_checked():
 
 
 def test_a_slug_means_all_its_files_and_a_room_one():
-    assert [s.name for s in subjects("based")] == ["ops/based", "mixers/based"]
+    assert [s.name for s in subjects("based")] == ["ops/based", "mixers/based", "models/based"]
     assert [s.name for s in subjects("mixers/based")] == ["mixers/based"]
     assert [s.name for s in subjects("softmax")] == ["ops/softmax", "mixers/softmax"]
 
