@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regard.checks.battery import Subject, demand, demand_near, verifies
 from regard.checks.tolerances import SAME
+from regard.contract.optional import need
 
 
 def build(subject: Subject) -> Any:
@@ -21,9 +22,19 @@ def build(subject: Subject) -> Any:
     options, sizes = subject.card.options, sizes_of(subject)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
+        if subject.card.stands_on:
+            return subject.main(foreign(subject.card), **options).double()
         if sizes:
             return subject.main(dataclasses.replace(next(iter(sizes.values())), **options)).double()
         return subject.main(**options).double()
+
+
+def foreign(card: Any) -> Any:
+    """A tiny model of the kind that a model stands on."""
+    need("transformers", "hf")
+    from regard.hosts.transformers.specimens import make
+
+    return make(card.stands_on)
 
 
 def sizes_of(subject: Subject) -> dict[str, Any]:
@@ -93,3 +104,23 @@ def model_decodes(subject: Subject) -> None:
     demand_near(again, whole[:, n - 2 : n - 1], SAME[torch.float64], "a step from an old state, after later ones")
     said, held = model.state_bytes(x.shape[0], n), state.size_bytes
     demand(said == held, f"state_bytes says {said} after {n} tokens, the state holds {held}")
+
+
+@verifies("model", lambda card: bool(card.stands_on))
+def foreign_model_is_left_alone(subject: Subject) -> None:
+    """What the foreign model answers, its settings, hooks and mode are the same before and after it is stood on."""
+    model, x = foreign(subject.card), example(subject.card)
+
+    def state() -> dict[str, Any]:
+        found: dict[str, Any] = {f"config.{name}": repr(value) for name, value in vars(model.config).items()}
+        for name, module in model.named_modules():
+            found[name] = (sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
+            found[f"{name}.training"] = module.training
+        return found
+
+    before, answer = state(), model(x)[0]
+    subject.main(model, **subject.card.options)(x)
+    after = state()
+    changed = [name or "the model" for name in {**before, **after} if before.get(name) != after.get(name)]
+    demand(not changed, f"it is left with other {', '.join(changed[:3])}")
+    demand(torch.equal(model(x)[0], answer), "it answers otherwise than before")

@@ -1,0 +1,28 @@
+"""Wrong: a misspelt option of the constructor is swallowed."""
+
+from torch import Tensor, nn
+
+from regard.contract.card import PoolCard
+from regard.layers.pooling import check_tokens, masked_mean
+
+CAUGHT_BY = "pool_is_described"
+CARD = PoolCard(
+    slug="swallows_its_settings",
+    title="A culprit",
+    baseline=True,
+    exports=("Culprit",),
+    example="b=2 n=9 c=12",
+)
+
+
+class Culprit(nn.Module):
+    """The mean of projected tokens."""
+
+    def __init__(self, dim: int, **settings: int):
+        super().__init__()
+        self.dim = dim
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, *, padding: Tensor | None = None) -> Tensor:
+        check_tokens(x, padding, self.dim)
+        return masked_mean(self.proj(x), padding)
