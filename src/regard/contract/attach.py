@@ -16,7 +16,8 @@ methods named after sites, each of which gets a value and returns it, changed or
     on_read(call, seen)        nothing is returned: what came of the call in the end, a `Seen`
     on_output(step, output)    nothing is returned: what the model returned
 
-`wants(call)` says at which calls on_scores and on_weights act; without it they act at all.
+`start(session)`, where there is one, gives what acts in a session in place of the value, with state of its own. `wants(call)`
+says at which calls on_scores and on_weights act; without it they act at all. What has `reads_only` comes last everywhere.
 """
 
 from __future__ import annotations

@@ -136,14 +136,18 @@ class Attached:
 
     def add(self, session: attach.Session) -> None:
         """Let a session's interventions act. Raises Unsupported for a site that is missing or owned already."""
+        owned = {
+            site: i.card.slug
+            for other in dict.fromkeys(s for s, _ in self.effects)
+            for i in other.interventions
+            for site in i.card.owns
+        }
         for given in session.interventions:
             card = given.card
-            for other_session, other in self.effects:
-                for site in card.owns:
-                    there = getattr(other, "card", None)
-                    if there is not None and site in there.owns:
-                        raise Unsupported(f"{card.slug} and {there.slug} both own the site {site!r}: use one of them")
-                _ = other_session
+            for site in card.owns:
+                if site in owned:
+                    raise Unsupported(f"{card.slug} and {owned[site]} both own the site {site!r}: use one of them")
+                owned[site] = card.slug
             self._need(card.slug, card.sites)
             self.effects.append((session, given.start(session) if hasattr(given, "start") else given))
         self._lay()
