@@ -53,7 +53,7 @@ def reached(index):
 
 
 def test_flat_finds_what_brute_force_finds():
-    keys, queries, asked = apart(500, 100, 30, 24)
+    keys, _, asked = apart(500, 100, 30, 24)
     ids, scanned = KeyIndex.build(keys).search(asked, 10)
     scores = asked @ keys.T
     for row, found in enumerate(ids):

@@ -88,7 +88,8 @@ class KeyIndex(ABC):
         """The k best keys of each query (N, D): (ids int64 (N, min(k, M)), best first; keys scored (N,) int64).
 
         effort: how far to look: lists of ivf that are scored (8); best found keys that the graph follows (k, 32 at least).
-        Centroids count as keys scored. Where k is all keys, all are scored. Raises ShapeError, OptionError.
+        Centroids count as keys scored. Where k is all keys, all are scored. Only faiss finds fewer than k at times, and fills
+        up with -1. Raises ShapeError, OptionError.
         """
         _check(queries, self.width)
         if k < 1 or (effort is not None and effort < 1):
