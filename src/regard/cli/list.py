@@ -25,8 +25,9 @@ def run(given: argparse.Namespace) -> int:
         print(json.dumps([_as_json(entry) for entry in rows], indent=1))
         return 0
     width = max((len(entry.name) for entry in rows), default=0)
+    kinds = max((len(entry.card.kind) for entry in rows), default=0)
     for entry in rows:
-        print(f"{entry.name:<{width}}  {entry.card.kind:<6} {entry.card.title}")
+        print(f"{entry.name:<{width}}  {entry.card.kind:<{kinds}}  {entry.card.title}")
     print(f"{len(rows)} of {len(catalogue())} files; 'regard show NAME' tells more")
     return 0
 
