@@ -6,7 +6,7 @@ BIN := .venv/bin
 export REGARD_NATIVE ?= $(if $(shell command -v $(or $(CXX),c++)),require)
 SYSTEM_CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: demo test test-slow lint docs tiny-lm chromium clean
+.PHONY: demo test test-slow test-triton test-transformers lint docs tiny-lm chromium clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -39,6 +39,14 @@ test-slow: .venv/installed chromium
 test-triton: .triton/installed
 	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/engines/test_triton_*.py
 
+# the oldest version of transformers that the extra `hf` allows, beside the environment's own
+.transformers/installed: .venv/installed pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .transformers "$$(sed -n 's/^hf = \["transformers>=\(.*\)"\]/transformers==\1.*/p' pyproject.toml)"
+	touch $@
+
+test-transformers: .transformers/installed
+	PYTHONPATH=.transformers $(BIN)/python -m pytest -m "not slow" tests/hosts tests/steer
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -53,4 +61,4 @@ tiny-lm: .venv/installed
 	$(BIN)/python -m regard.bench.proving.tiny_lm
 
 clean:
-	rm -rf .venv .triton out
+	rm -rf .venv .triton .transformers out

@@ -191,6 +191,10 @@ class _Recorder:
         self.hidden_sites = tuple(s for s in sites if s in HIDDEN)
         if not set(sites) & set(_OF_CALL):
             self.on_read = None  # type: ignore[assignment]
+        if "router" not in sites:
+            self.on_router = None  # type: ignore[assignment]
+        if "logits" not in sites:
+            self.on_output = None  # type: ignore[assignment]
         if not (grads and {"scores", "weights"} & set(sites)):
             self.on_weights = None  # type: ignore[assignment]
 

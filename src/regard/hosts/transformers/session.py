@@ -402,7 +402,11 @@ class Attached:
         return hook
 
     def _router_hook(self, layer: Layer) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, tuple) or len(output) != 3:
+                raise Unsupported(
+                    f"{type(module).__name__} does not choose experts itself in this version of transformers"
+                )
             choice = Choice(layer.index, module, *output)
             for effect in self.acting("on_router"):
                 choice = effect.on_router(self.step, choice)
