@@ -7,6 +7,7 @@ python docs/generate.py --check    only say what is stale, with exit code 1
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -120,7 +121,9 @@ def _can(card: Card) -> str:
 
 
 def _signature(value: object) -> str:
-    return str(inspect.signature(value)) if callable(value) else ""
+    text = str(inspect.signature(value)) if callable(value) else ""
+    # functions as defaults show where they lie in memory
+    return re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", text)
 
 
 def _doc(value: object) -> str:
