@@ -120,7 +120,8 @@ def test_the_vision_tower_keeps_its_own():
     with steer(model, Look()):
         run(model, inputs)
         assert model.config.text_config._attn_implementation == "regard"
-    assert "" in places
+        assert model.config.vision_config._attn_implementation == "sdpa"
+    assert places == {""}
     assert model.config.text_config._attn_implementation == "sdpa"
     assert model.config.vision_config._attn_implementation == "sdpa"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regard import Causal, MoA, OptionError, Unsupported, recording, steer
+from regard import Causal, MoA, OptionError, Unsupported, steer
 from regard import record as record_once
 from regard.hosts.transformers.specimens import make, prompt
 from regard.patterns.elastic import MoAPlan
@@ -36,7 +36,7 @@ def test_writing_from_the_cut_cache_is_one_pass_under_the_mask():
     torch.testing.assert_close(torch.stack(out.logits, 1), whole[:, -12:], rtol=1e-4, atol=1e-4)
     # 41 tokens were read: a block of sinks, the band's whole blocks and the open one; heads of a group keep the wider
     assert held[0][0] < held[0][1] < 41
-    assert held == [[pytest.approx(h) for h in row] for row in held] and max(map(max, held)) <= 4 + 12
+    assert max(map(max, held)) <= 4 + 12
 
 
 def test_longer_prompts_widen_heads_with_beta_alone():
@@ -81,6 +81,3 @@ def test_what_does_not_fit_is_refused():
         generate(model, prompt(length=20, padded=3))
     with pytest.raises(OptionError, match="length is a number"):
         MoA(plan(), length=0)
-    with recording(model) as tape:
-        model(**prompt(length=9))
-    assert len(tape.layers("weights")) == 3

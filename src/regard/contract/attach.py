@@ -62,6 +62,11 @@ class Step:
     ids: Tensor | None = None
     decoded: int = 0
 
+    @property
+    def has_pads(self) -> bool:
+        """Whether any row has padding."""
+        return self.padding is not None and not bool(self.padding.all())
+
 
 @dataclass(frozen=True, eq=False)
 class Seen:
@@ -79,9 +84,10 @@ class AttentionCall:
     q (B, H, N, D), k (B, G, M, D), v (B, G, M, E), after positions and cache. pattern, mask: who may meet whom, both
     hold; mask bool, broadcastable to (B, H, N, M). bias: added to the scores; sinks: logits of keys without value,
     (1, H, 1, 1); softcap: c tanh(s / c). layer: place in its stack; place: the stack ("" in models of one stack);
-    kind: "self" or "cross". positions: int64 (B, G, M) of cached keys in the whole sequence, -1 for none, None where all
-    are there. kept: the layer of the cache, where it can give up keys. plain: the host's own way to the result, for a
-    call that nobody changed. instead: the op that `plain` runs where it is not softmax attention.
+    kind: "self" or "cross". main: whether it is self-attention of the stack in which interventions count layers.
+    positions: int64 (B, G, M) of cached keys in the whole sequence, -1 for none, None where all are there. kept: the layer
+    of the cache, where it can give up keys. plain: the host's own way to the result, for a call that nobody changed.
+    instead: the op that `plain` runs where it is not softmax attention.
     """
 
     q: Tensor
@@ -94,6 +100,7 @@ class AttentionCall:
     step: Step
     place: str = ""
     kind: str = "self"
+    main: bool = True
     bias: Tensor | None = None
     sinks: Tensor | None = None
     softcap: float | None = None

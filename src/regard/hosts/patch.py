@@ -98,17 +98,12 @@ class _Patch:
             if name not in sites:
                 setattr(self, f"on_{name}", None)
 
-    def start(self, session: Any) -> _Patch:
-        """Layers are counted in the main stack: others have layers of the same numbers."""
-        self.place = session.anatomy.main.place
-        return self
-
     def wants(self, call: AttentionCall) -> bool:
         """Only layers with an edit of scores or weights pay for the table."""
-        return self._there(call) and any(e.site in ("scores", "weights") and e.layer == call.layer for e in self.edits)
+        return call.main and any(e.site in ("scores", "weights") and e.layer == call.layer for e in self.edits)
 
     def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
-        if not self._there(call):
+        if not call.main:
             return follow()
         changed = {site: self._at(site, call.layer, call.step, getattr(call, site)) for site in ("q", "k", "v")}
         changed = {site: x for site, x in changed.items() if x is not getattr(call, site)}
@@ -121,7 +116,7 @@ class _Patch:
         return self._at("weights", call.layer, call.step, weights)
 
     def on_z(self, call: AttentionCall, z: Tensor) -> Tensor:
-        if not self._there(call):
+        if not call.main:
             return z
         turned = z.transpose(1, 2)
         changed = self._at("z", call.layer, call.step, turned)
@@ -129,9 +124,6 @@ class _Patch:
 
     def on_hidden(self, step: Step, site: str, layer: int, x: Tensor) -> Tensor:
         return self._at(site, 0 if site in ("embed", "final") else layer, step, x)
-
-    def _there(self, call: AttentionCall) -> bool:
-        return (call.place, call.kind) == (self.place, "self")
 
     def _at(self, site: str, layer: int, step: Step, x: Tensor) -> Tensor:
         for edit in self.edits:

@@ -19,7 +19,7 @@ from regard.contract.card import InterventionCard
 from regard.contract.errors import OptionError, Unsupported, near
 from regard.engines.automatic import attend
 from regard.engines.readout import Top, readout
-from regard.patterns import Explicit
+from regard.hosts.calls import one_pattern
 
 Reduce = Literal["full", "last_row", "column_sum", "entropy", "sink_mass", "top_k"]
 # TransformerLens's names of the same places
@@ -206,13 +206,12 @@ class _Recorder:
         """Note what is known of the model, and resolve layers counted from the last."""
         main = session.anatomy.main
         self.tape.meta |= {"layers": len(main.layers), "reduce": self.reduces, "count": self.count}
-        self.place = main.place
         if self.layers is not None:
             self.layers = tuple(layer % len(main.layers) for layer in self.layers)
         self.tape.meta |= session.facts()
 
     def on_read(self, call: AttentionCall, seen: Seen) -> None:
-        if call.place != self.place or call.kind != "self" or not self._keeps(call.layer, call.step):
+        if not call.main or not self._keeps(call.layer, call.step):
             return
         self._note(call)
         for site in set(self.sites) & set(_OF_CALL):
@@ -287,11 +286,7 @@ class _Recorder:
         return whole if reduce == "full" else _reduced(whole, reduce, self.count)
 
     def _read(self, call: AttentionCall, reduce: Reduce, rows: list[int] | None) -> Any:
-        pattern, offset = call.pattern, call.q_offset
-        if call.mask is not None:
-            mask = call.visible()
-            assert mask is not None
-            pattern, offset = Explicit().bind(mask=mask.expand(-1, -1, call.q.shape[2], -1)), 0
+        pattern, offset = one_pattern(call)
         shared: dict[str, Any] = {"bias": call.bias, "scale": call.scale, "q_offset": offset}
         heads = None if self.heads is None else list(self.heads)
         if rows is not None:

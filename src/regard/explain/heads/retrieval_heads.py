@@ -211,14 +211,14 @@ class _LastRows:
         slug="last_rows", title="Last rows", exports=("retrieval_scores",), baseline=True, sites=("weights",)
     )
 
-    def __init__(self, place: str, top: int, needle: Tensor):
+    def __init__(self, top: int, needle: Tensor):
         # needle: bool (B, tokens), in padded places
-        self.place, self.top, self.needle = place, top, needle
+        self.top, self.needle = top, needle
         self.looked: dict[tuple[int, int], Tensor] = {}
         self.reach: dict[tuple[int, int], Tensor] = {}
 
     def on_read(self, call: AttentionCall, seen: Seen) -> None:
-        if call.place != self.place or call.kind != "self":
+        if not call.main:
             return
         last = call.last(1)
         weights = last.weights() if seen.weights is None else seen.weights[:, :, -1:]
@@ -280,7 +280,7 @@ def _answer(
         needles[row, shift + start : shift + end] = True
     ends = _ends(model, stop)
     main = open_session(model, ()).anatomy.main
-    reader, layers = _LastRows(main.place, top, needles), range(len(main.layers))
+    reader, layers = _LastRows(top, needles), range(len(main.layers))
     with open_session(model, (reader,)), torch.no_grad():
         written = model.generate(
             input_ids=batch.to(model.device),

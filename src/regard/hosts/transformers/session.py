@@ -222,24 +222,21 @@ class Attached:
     # ---- attention
 
     def _dispatch(self) -> None:
-        """Send the model's attention here. The vision tower of a model that has one keeps its own."""
+        """Send the model's attention here. The vision tower beside a language model keeps its own."""
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, _late_mask)
-        parts: list[Any] = [module for module in self.where if hasattr(module, "config")]
-        configs: dict[int, Any] = {id(part.config): part.config for part in parts}
+        stacks = [s for s in self.anatomy.stacks.values() if s.place != "vision" or s is self.anatomy.main]
+        places = {stack.place for stack in stacks}
+        modules = [module for module, (place, _, _) in self.where.items() if place in places]
+        # models look their mask function up in the config of the stack, or in their own
+        parts: list[Any] = [*modules, *(stack.base for stack in stacks)]
+        if not self.model.config.sub_configs:
+            parts.append(self.model)
+        configs: dict[int, Any] = {id(part.config): part.config for part in parts if hasattr(part, "config")}
+        self._before = [(config, config._attn_implementation) for config in configs.values()]
         for config in configs.values():
-            self._before.append((config, config._attn_implementation))
-        # models look their mask function up in the config of the stack
-        for stack in self.anatomy.stacks.values():
-            config = getattr(stack.base, "config", None)
-            if config is not None and id(config) not in configs:
-                configs[id(config)] = config
-                self._before.append((config, config._attn_implementation))
-        if id(self.model.config) not in configs and not self.model.config.sub_configs:
-            self._before.append((self.model.config, self.model.config._attn_implementation))
-        for config, _ in self._before:
             config._attn_implementation_internal = NAME
-        for module in self.where:
+        for module in modules:
             _MODULES[module] = self
 
     def before(self, module: nn.Module) -> str:
@@ -252,7 +249,8 @@ class Attached:
         """What transformers calls: out (B, N, H, E), and the weights if the model's own way returns them."""
         place, index, kind = self.where[module]
         name = self.before(module)
-        kept = self._kept(index) if place == self.anatomy.main.place and kind == "self" else None
+        main = place == self.anatomy.main.place and kind == "self"
+        kept = self._kept(index) if main else None
         theirs: list[Tensor | None] = [None]
 
         def plain() -> Tensor:
@@ -263,16 +261,11 @@ class Attached:
             return out.transpose(1, 2)
 
         positions = None if kept is None else kept.positions
-        if positions is None and place == self.anatomy.main.place and kind == "self" and index in self._dropped:
+        if positions is None and main and index in self._dropped:
             positions = self._dropped[index].unsqueeze(1)
         call = self._call(module, q, k, v, mask, dropout, scaling, positions, more)
         call = replace(
-            call,
-            place=place,
-            kind=kind,
-            layer=index,
-            kept=kept,
-            plain=plain if positions is None else None,
+            call, place=place, kind=kind, layer=index, main=main, kept=kept, plain=plain if positions is None else None
         )
         z, weights = self._through(call)
         return z.transpose(1, 2), theirs[0] if weights is None else weights

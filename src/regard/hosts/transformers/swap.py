@@ -21,8 +21,8 @@ from regard.contract.attach import AttentionCall, Session, open_session
 from regard.contract.card import InterventionCard, OpCard
 from regard.contract.catalogue import find
 from regard.contract.errors import OptionError, UnknownName, Unsupported
+from regard.hosts.calls import one_pattern
 from regard.hosts.transformers.anatomy import Layer, anatomy
-from regard.patterns import Explicit
 
 # our mixers' projections <- what families call theirs
 _CARRIED = {
@@ -112,7 +112,7 @@ class _Narrow:
         self.pattern, self.layers = pattern, layers
 
     def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
-        if call.layer not in self.layers or call.kind != "self" or call.place not in ("", "decoder"):
+        if not call.main or call.layer not in self.layers:
             return follow()
         if call.positions is not None:
             raise Unsupported("a pattern speaks of all keys; this cache has given up some")
@@ -133,15 +133,11 @@ class _Instead:
         self.op, self.layers, self.options = op, layers, options
 
     def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
-        if call.layer not in self.layers or call.kind != "self" or call.place not in ("", "decoder"):
+        if not call.main or call.layer not in self.layers:
             return follow()
         if call.bias is not None or call.sinks is not None or call.softcap is not None:
             raise Unsupported(f"{self.op.card.slug} knows no biases, sinks and caps, which this model's scores have")
-        pattern, offset = call.pattern, call.q_offset
-        if call.mask is not None:
-            mask = call.visible()
-            assert mask is not None
-            pattern, offset = Explicit().bind(mask=mask.expand(-1, -1, call.q.shape[2], -1)), 0
+        pattern, offset = one_pattern(call)
         given = {"scale": call.scale} if "scale" in self.op.card.accepts else {}
         z = self.op(call.q, call.k, call.v, pattern=pattern, q_offset=offset, **given, **self.options)
         return follow(call.instead_of(z, self.op.card.slug))

@@ -57,7 +57,7 @@ class _Cores:
         self.cores: dict[int, tuple[Tensor, Tensor]] = {}
 
     def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
-        if call.kind != "self" or call.place not in ("", "decoder"):
+        if not call.main:
             return follow()
         first, n, group = call.step.start, call.q.shape[2], self.group
         if n > 1:
@@ -95,8 +95,7 @@ class _Cores:
             kept.keep(torch.arange(gone, held, device=kept.keys.device).expand(*kept.keys.shape[:2], -1))
 
     def _check(self, call: AttentionCall) -> None:
-        padding = call.step.padding
-        if padding is not None and not bool(padding.all()):
+        if call.step.has_pads:
             raise Unsupported(
                 "core_context counts groups from the first token, which pads would move: write row by row"
             )

@@ -83,7 +83,7 @@ class _Bands:
         self.plan, self.length, self.prompt = plan, length, 0
 
     def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
-        if call.kind != "self" or call.place not in ("", "decoder"):
+        if not call.main:
             return follow()
         first, n, m = call.step.start, call.q.shape[2], call.k.shape[2]
         if call.step.phase == "prefill":
@@ -91,8 +91,7 @@ class _Bands:
             self.prompt = first + n
         if self._covers(call.layer, first + n):
             return follow()
-        padding = call.step.padding
-        if padding is not None and not bool(padding.all()):
+        if call.step.has_pads:
             raise Unsupported("moa counts blocks from the first token, which pads would move: write row by row")
         if call.positions is None and first == 0:
             pattern: Pattern = Causal() & self.plan.pattern(call.layer, self._length(first + n))

@@ -103,7 +103,7 @@ class _Pointing:
     def __init__(self, settings: LargePiG, session: Session):
         main = session.anatomy.main
         count = len(main.layers)
-        self.settings, self.model, self.place = settings, session.model, main.place
+        self.settings, self.model = settings, session.model
         if main.place:
             raise Unsupported(
                 f"{type(session.model).__name__} reads its prompt in an encoder; a decoder's is pointed at"
@@ -128,7 +128,7 @@ class _Pointing:
 
     def on_read(self, call: AttentionCall, seen: Seen) -> None:
         """Keep where the last token looks."""
-        if (call.place, call.kind, call.layer) == (self.place, "self", self.attention):
+        if call.main and call.layer == self.attention:
             weights = call.last(1).weights() if seen.weights is None else seen.weights[:, :, -1:]
             self.weights = _by_position(call, weights.squeeze(2)).mean(1)
 

@@ -63,14 +63,14 @@ class AblateHeads:
         for layer, head in self.heads:
             place = _place(session, "head", layer, head)
             chosen.setdefault(place, []).append(head)
-        return _Ablation(self, chosen, session.anatomy.main.place)
+        return _Ablation(self, chosen)
 
 
 class _Ablation:
     """One session of `AblateHeads`."""
 
-    def __init__(self, settings: AblateHeads, chosen: dict[int, list[int]], place: str):
-        self.settings, self.chosen, self.place = settings, chosen, place
+    def __init__(self, settings: AblateHeads, chosen: dict[int, list[int]]):
+        self.settings, self.chosen = settings, chosen
         if settings.mode == "mask_query":
             self.on_z = None  # type: ignore[assignment]
         else:
@@ -93,7 +93,7 @@ class _Ablation:
         return follow(call.replace(q=call.q.masked_fill(_among(heads, call.q), 0.0))) if heads else follow()
 
     def _heads(self, call: AttentionCall) -> list[int]:
-        return self.chosen.get(call.layer, []) if (call.place, call.kind) == (self.place, "self") else []
+        return self.chosen.get(call.layer, []) if call.main else []
 
 
 @intervention(CARD)
@@ -124,7 +124,7 @@ class ScaleComponents:
                 heads.setdefault(place, {})[head[0]] = factor
             else:
                 streams[_STREAMS[kind], place] = factor
-        return _Scaling(heads, streams, session.anatomy.main.place)
+        return _Scaling(heads, streams)
 
 
 class _Scaling:
@@ -132,14 +132,14 @@ class _Scaling:
 
     card = CARD
 
-    def __init__(self, heads: dict[int, dict[int, float]], streams: dict[tuple[str, int], float], place: str):
-        self.heads, self.streams, self.place = heads, streams, place
+    def __init__(self, heads: dict[int, dict[int, float]], streams: dict[tuple[str, int], float]):
+        self.heads, self.streams = heads, streams
         self.hidden_sites = tuple(sorted({site for site, _ in streams}))
         if not heads:
             self.on_z = None  # type: ignore[assignment]
 
     def on_z(self, call: AttentionCall, z: Tensor) -> Tensor:
-        factors = self.heads.get(call.layer) if (call.place, call.kind) == (self.place, "self") else None
+        factors = self.heads.get(call.layer) if call.main else None
         if not factors:
             return z
         by = z.new_ones(z.shape[1])

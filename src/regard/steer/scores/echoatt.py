@@ -50,7 +50,7 @@ class ShareAttention:
 
     def start(self, session: Any) -> _Sharing:
         """What acts in one session. Raises OptionError, Unsupported for blocks that the model cannot have."""
-        return _Sharing(_checked(session, self.blocks), self.recompute, session.anatomy.main.place)
+        return _Sharing(_checked(session, self.blocks), self.recompute)
 
 
 def share_attention_(model: Any, blocks: Sequence[Sequence[int]]) -> Any:
@@ -72,9 +72,9 @@ class _Sharing:
 
     card = CARD
 
-    def __init__(self, blocks: list[list[int]], recompute: bool, place: str):
+    def __init__(self, blocks: list[list[int]], recompute: bool):
         self.blocks = {layer: block for block in blocks for layer in block if len(block) > 1}
-        self.recompute, self.place = recompute, place
+        self.recompute = recompute
         self.calls: dict[int, AttentionCall] = {}
         self.weights: dict[int, Tensor] = {}
 
@@ -114,7 +114,7 @@ class _Sharing:
         return self.weights[leader]
 
     def _shares(self, call: AttentionCall) -> bool:
-        return call.layer in self.blocks and (call.place, call.kind) == (self.place, "self")
+        return call.main and call.layer in self.blocks
 
 
 def _checked(session: Any, blocks: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -73,12 +73,9 @@ class _Search:
 
     def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
         given, n, m = self.given, call.q.shape[2], call.k.shape[2]
-        if call.kind != "self" or call.place not in ("", "decoder") or call.layer < given.dense_layers:
+        if not call.main or call.layer < given.dense_layers or m <= given.budget:
             return follow()
-        if m <= given.budget:
-            return follow()
-        padding = call.step.padding
-        if padding is not None and not bool(padding.all()):
+        if call.step.has_pads:
             raise Unsupported("hip searches from the first token on, which pads would move: write row by row")
         if call.positions is not None or call.mask is not None or call.bias is not None:
             raise Unsupported(

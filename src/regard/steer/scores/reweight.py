@@ -52,7 +52,7 @@ class AttentionReweight:
 
     def wants(self, call: AttentionCall) -> bool:
         """The layers of the main stack that were chosen."""
-        if call.place not in ("", "decoder") or call.kind != "self":
+        if not call.main:
             return False
         if isinstance(self.heads, Mapping) and not self.heads.get(call.layer):
             return False

@@ -50,8 +50,7 @@ class PositionTemperature:
 
     def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
         """The call with other queries."""
-        acts = call.place in ("", "decoder") and call.kind == "self" and self.beta != 0
-        if not acts or (self.layers is not None and call.layer not in self.layers):
+        if not call.main or self.beta == 0 or (self.layers is not None and call.layer not in self.layers):
             return follow()
         visible = call.visible()
         counts = call.q.new_full((1, 1, 1), call.k.shape[2]) if visible is None else visible.sum(-1)
