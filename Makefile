@@ -15,7 +15,7 @@ SYSTEM_CHROMIUM := $(shell command -v chromium || command -v chromium-browser ||
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/regard compare --quick --out out/demo
+	$(BIN)/regard compare --quick --systems softmax,sliding_window,based,lightning --out out/demo
 
 # the report is opened in a browser by its tests
 chromium:
