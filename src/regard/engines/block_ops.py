@@ -62,8 +62,8 @@ class Parcel:
     """A call as it travels: tensors that carry gradients apart, everything else as integers and numbers.
 
     tables: of the indexed biases, then the bias of a token selection. data: two index rows for every indexed bias, then
-    the pattern's. code: way, normaliser (length and places), q_offset, number of indexed biases, kind of the pattern,
-    its code. numbers: dropout_p, then the fields of the normaliser.
+    the pattern's. code: way, normaliser (length and places), q_offset, number of indexed biases, whether the bias has a
+    gradient, kind of the pattern, its code. numbers: dropout_p, then the fields of the normaliser.
     """
 
     bias: Tensor | None
@@ -96,7 +96,8 @@ def pack(
         tables = (*tables, pattern.bias)
     index = tuple(row for term in indexed for row in (term.key_index, term.query_index))
     which, numbers = pack_normaliser(normaliser)
-    head = (WAYS.index(way), len(which), *which, q_offset, len(indexed), kind)
+    learns = int(_differentiates(bias))
+    head = (WAYS.index(way), len(which), *which, q_offset, len(indexed), learns, kind)
     return Parcel(bias, sinks, seed, tables, (*index, *data), (*head, *code), (dropout_p, *numbers), scale)
 
 
@@ -246,7 +247,7 @@ def _open(
 ) -> tuple[str, Any, chunks.Options]:
     """(way, layout or token selection, options) on the inside of an operator."""
     way, length, *rest = (int(c) for c in code)
-    which, (q_offset, count, kind, *written) = rest[:length], rest[length:]
+    which, (q_offset, count, learns, kind, *written) = rest[:length], rest[length:]
     options = chunks.Options(
         scale=q.shape[3] ** -0.5 if scale is None else scale,
         q_offset=q_offset,
@@ -257,6 +258,7 @@ def _open(
         selected=tables[count] if len(tables) > count else None,
         dropout_p=numbers[0],
         seed=seed,
+        bias_grad=bool(learns),
     )
     if WAYS[way] == "gather":
         return "gather", _unpack_pattern(kind, tuple(written), data[2 * count :]), options
@@ -363,7 +365,7 @@ def _backward_fake(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    dbias = bias.new_empty(bias.shape) if bias is not None and _learns(code) else q.new_empty(0)
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return dq, dk, dv, dbias, dsinks, [t.new_empty(t.shape) for t in tables]
 
@@ -414,7 +416,7 @@ class _Attend(torch.autograd.Function):
         )
         nothing = (None,) * (len(rest) - count)
         return (
-            dq, dk, dv, None if bias is None else dbias, None if sinks is None else dsinks,
+            dq, dk, dv, dbias if bias is not None and _learns(code) else None, None if sinks is None else dsinks,
             None, None, None, None, None, *dtables, *nothing,
         )  # fmt: skip
 
@@ -464,7 +466,8 @@ class _AttendBackward(torch.autograd.Function):
             main[0], kept[0], *main[1:], kept[1], fold(bias, 7, whole=True), fold(sinks, 8, whole=True),
             fold.shared(seed, 9), code, numbers, scale, count, *tables, *fold.data(rest, count, 14, code),
         )  # fmt: skip
-        owners = ((q, 2), (k, 3), (v, 4), (bias, 7), (sinks, 8), *((t, 14 + i) for i, t in enumerate(rest[:count])))
+        learnt = bias if _learns(code) else None
+        owners = ((q, 2), (k, 3), (v, 4), (learnt, 7), (sinks, 8), *((t, 14 + i) for i, t in enumerate(rest[:count])))
         results: list[Any] = []
         out_dims: list[int | None] = []
         for grad, (owner, place) in zip(grads, owners, strict=True):
@@ -478,6 +481,11 @@ class _AttendBackward(torch.autograd.Function):
             results.append(split)
             out_dims.append(0)
         return tuple(results), tuple(out_dims)
+
+
+def _learns(code: Sequence[int]) -> bool:
+    """Whether the bias of a call is to have a gradient."""
+    return bool(code[2 + code[1] + 2])
 
 
 def _batch(x: Tensor, dim: int | None) -> int:
@@ -518,8 +526,8 @@ class _Fold:
         return [t for t in found if t is not None]
 
     def data(self, rest: Sequence[Tensor], count: int, first: int, code: Sequence[int]) -> list[Tensor]:
-        # behind the normaliser's places: q_offset, number of indexed biases, kind of the pattern
-        indexed, kind = code[2 + code[1] + 1], code[2 + code[1] + 2]
+        # behind the normaliser's places: q_offset, number of indexed biases, whether the bias learns, kind of the pattern
+        indexed, kind = code[2 + code[1] + 1], code[2 + code[1] + 3]
         found = []
         for place, x in enumerate(rest[count:]):
             index_row = place < 2 * indexed

@@ -20,7 +20,7 @@ from regard.contract.dispatch import Implementation, choose
 from regard.contract.errors import OptionError, ShapeError
 from regard.contract.shapes import bind, check_types, parse
 from regard.engines import block_ops, flex, groups, native_blocks
-from regard.engines.dense import Attended, Call, ScoreMod, prepare, run_explicit
+from regard.engines.dense import Attended, Call, ScoreMod, prepare, refuse_nan, run_explicit
 from regard.engines.triton import blocks as triton_blocks
 from regard.patterns import Bound, Causal, Explicit, Full, Pattern
 from regard.patterns.layout import BlockLayout
@@ -154,6 +154,8 @@ def _run_blocks(way: str) -> Callable[[Call], Attended]:
     def run(call: Call) -> Attended:
         if 0 in (*call.q.shape, call.k.shape[2], call.v.shape[3]):
             return run_reference(call)
+        if way != "native":
+            refuse_nan(call.bias)
         q, k, v = lower(call)
         pattern = _whole_pattern(call)
         q_offset = pattern.q_offset if isinstance(pattern, BlockLayout) else call.q_offset

@@ -40,6 +40,7 @@ class Options:
     """What a call takes beside q, k, v and its pattern.
 
     bias (B|1, H|1, N|1, M|1), sinks (B|1, H|1, N|1); selected (B|1, H', N, K): added to the scores of gathered keys.
+    bias_grad: whether the backward pass is to give the bias a gradient.
     """
 
     scale: float
@@ -51,6 +52,7 @@ class Options:
     selected: Tensor | None = None
     dropout_p: float = 0.0
     seed: Tensor | None = None
+    bias_grad: bool = True
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def backward(work: Work, dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor) -
     dv = torch.zeros(work.v.shape, dtype=kind, device=q.device)
     dbias, dselected = (
         None if x is None else torch.zeros(x.shape, dtype=kind, device=q.device)
-        for x in (options.bias, options.selected)
+        for x in (options.bias if options.bias_grad else None, options.selected)
     )
     dtables = tuple(torch.zeros(t.table.shape, dtype=kind, device=q.device) for t in options.indexed)
     dsinks = None

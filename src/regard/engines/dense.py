@@ -22,7 +22,7 @@ from regard.contract.errors import OptionError, ShapeError, Unsupported
 from regard.engines.philox import draw_seed, keep
 from regard.engines.precision import accumulator, without_autocast
 from regard.patterns import Bound, Causal, Pattern
-from regard.primitives.biases import Indexed
+from regard.primitives.biases import NAN_BIAS, Indexed
 from regard.primitives.normalisers import Normaliser, Softmax
 
 SOFTMAX = Softmax()
@@ -197,12 +197,17 @@ def check_table(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None) 
             raise ShapeError(f"the {name} is {tuple(tensor.shape)}; it must broadcast to (B, H, N, M) = {table}")
     if mask is not None and mask.dtype != torch.bool:
         raise ShapeError(f"the mask is {mask.dtype}; a mask is bool (True = may attend), scores are added by bias=")
-    if bias is not None:
-        if not bias.is_floating_point():
-            raise ShapeError(f"the bias is {bias.dtype}; it is added to scores and must be a floating dtype")
-        # a look at the values is impossible under function transforms and pointless on meta tensors
-        if not bias.is_meta and not torch._C._are_functorch_transforms_active() and bool(torch.isnan(bias).any()):
-            raise OptionError("the bias (or float mask) holds NaN; use -inf to hide a key")
+    if bias is not None and not bias.is_floating_point():
+        raise ShapeError(f"the bias is {bias.dtype}; it is added to scores and must be a floating dtype")
+
+
+def refuse_nan(bias: Tensor | None) -> None:
+    """Raise OptionError for a bias that holds NaN. The native kernels see it themselves, in pairs that may meet."""
+    if bias is None or bias.is_meta or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        # a look at the values is impossible under transforms and pointless on meta tensors
+        return
+    if bool(torch.isnan(bias).any()):
+        raise OptionError(NAN_BIAS)
 
 
 def visible(call: Call) -> Tensor | None:
@@ -263,6 +268,7 @@ def _not_fused(call: Call) -> list[str]:
 
 
 def _run_sdpa(call: Call) -> Attended:
+    refuse_nan(call.bias)
     q, k, v = call.q, call.k, call.v
     grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210  a branch makes a guard for torch.compile
     causal = _is_plain_causal(call)
@@ -282,6 +288,7 @@ def _run_sdpa(call: Call) -> Attended:
 
 def run_explicit(call: Call) -> Attended:
     """The definition: every score, every weight."""
+    refuse_nan(call.bias)
     q, k, v = call.q, call.k, call.v
     kind = accumulator(q.dtype)
     batch, heads, n, d = q.shape

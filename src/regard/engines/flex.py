@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regard.engines.dense import Attended, Call
+from regard.engines.dense import Attended, Call, refuse_nan
 from regard.patterns import Bound, Causal, Full, Pattern
 from regard.primitives.normalisers import Softmax
 
@@ -42,6 +42,7 @@ def run(call: Call) -> Attended:
 
 def attend(call: Call, flex_attention: Any) -> Attended:
     """A call lowered to FlexAttention; flex_attention: torch's function, compiled or not."""
+    refuse_nan(call.bias)
     q, k, v = call.q, call.k, call.v
     pattern = (Causal() if call.is_causal else Full()) if call.pattern is None else call.pattern
     block_mask = pattern.flex(q.shape[0], q.shape[1], q.shape[2], k.shape[2], q_offset=call.q_offset, device=q.device)

@@ -19,7 +19,7 @@ from regard.contract.shapes import bind, check_types, parse
 from regard.engines import block_ops
 from regard.engines.block_sparse import IMPLEMENTATIONS as BLOCKS
 from regard.engines.block_sparse import adds_up, check_pattern, four_axes, lower, no_reference, run_reference
-from regard.engines.dense import Attended, Call, prepare
+from regard.engines.dense import Attended, Call, prepare, refuse_nan
 from regard.patterns.selection import TokenSelection
 from regard.primitives.biases import Indexed
 from regard.primitives.merge import merge
@@ -81,6 +81,7 @@ def _run_rows(call: Call) -> Attended:
     selection = call.pattern
     if 0 in (*call.q.shape, call.k.shape[2], call.v.shape[3]):
         return run_reference(call)
+    refuse_nan(call.bias)
     q, k, v = lower(call)
     parcel = block_ops.pack(
         "gather", selection, bias=four_axes(call.bias), indexed=call.indexed, sinks=call.sinks,

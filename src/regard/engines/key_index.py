@@ -4,9 +4,14 @@ flat          every key is scored: the definition
 ivf           keys in lists by the nearest of some centroids; the lists with the best centroids are scored
 graph         keys linked where the same queries want them, followed from the best found to the next (RoarGraph)
 faiss_hnsw, faiss_ivf     those of the faiss library, where it is installed
+faiss_pq      its codes of four bits a number (product quantisation) of all keys; those with the best codes are scored
+hnswlib       the graph of the hnswlib library, where it is installed
 
 Queries of attention lie apart from keys, so the nearest keys of a key lead nowhere: the graph is made from queries. Its
 nodes are keys alone; of each query the best keys are known exactly, and the best of all is linked to the others.
+
+Whether the graph is made and searched in C++ is chosen as for engines of ops (`contract/dispatch.py`: `listen` tells). It is
+no family of theirs: they compute a function of q, k and v, this finds keys for whoever does.
 
 Departs from RoarGraph: the lists of all queries with the same best key are pruned together, where its code keeps those of
 the query that came last; nearness of keys is by distance, not by inner product; keys that no query wanted are joined where
@@ -16,10 +21,13 @@ the nearest keys found by distance are, and their number of links stays within t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +39,13 @@ from regard.contract.optional import installed
 from regard.engines import key_graph
 from regard.engines.native import key_index as native_graph
 
-KINDS = ("flat", "ivf", "graph", "faiss_hnsw", "faiss_ivf")
+Kind = Literal["flat", "ivf", "graph", "faiss_hnsw", "faiss_ivf", "faiss_pq", "hnswlib"]
+KINDS = get_args(Kind)
 # scores that are held at once
 _BUDGET = 1 << 24
 _ROUNDS = 10
+# of the code of a number: faiss reads those of four at once
+_BITS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +59,7 @@ class KeyIndex(ABC):
     def build(
         keys: Tensor,
         queries: Tensor | None = None,
-        kind: Literal["flat", "ivf", "graph", "faiss_hnsw", "faiss_ivf"] = "flat",
+        kind: Kind = "flat",
         *,
         lists: int | None = None,
         query_neighbours: int = 100,
@@ -59,7 +70,7 @@ class KeyIndex(ABC):
 
         lists: of ivf, the root of M if not given. query_neighbours: how many keys of each query the graph looks at.
         degree: the most links of a key, 4 at least. engine: of the graph, "native" or "torch". Raises ShapeError,
-        OptionError; Unsupported for an engine that cannot run; MissingExtra without faiss.
+        OptionError; Unsupported for an engine that cannot run; MissingExtra without the library of a kind.
         """
         if keys.dim() != 2 or 0 in keys.shape:
             raise ShapeError(f"keys are (M, D) with at least one key, not {tuple(keys.shape)}")
@@ -73,6 +84,8 @@ class KeyIndex(ABC):
             return Flat(keys, keys.shape[1])
         if kind == "ivf":
             return Inverted.of(keys, lists)
+        if kind == "hnswlib":
+            return Hnswlib.of(keys, degree)
         if kind != "graph":
             return Faiss.of(keys, kind, lists, degree)
         if queries is None or not len(queries):
@@ -87,9 +100,10 @@ class KeyIndex(ABC):
     def search(self, queries: Tensor, k: int, *, effort: int | None = None) -> tuple[Tensor, Tensor]:
         """The k best keys of each query (N, D): (ids int64 (N, min(k, M)), best first; keys scored (N,) int64).
 
-        effort: how far to look: lists of ivf that are scored (8); best found keys that the graph follows (k, 32 at least).
-        Centroids count as keys scored. Where k is all keys, all are scored. Only faiss finds fewer than k at times, and fills
-        up with -1. Raises ShapeError, OptionError.
+        effort: how far to look: lists of ivf that are scored (8); best found keys that a graph follows (k, 32 at least); keys
+        with the best codes that are scored (4 k). Centroids and codewords count as keys scored, codes do not; -1 where the
+        library, hnswlib, does not tell. Where k is all keys, all are scored. Only the graphs of libraries find fewer than k
+        at times, and fill up with -1. Raises ShapeError, OptionError.
         """
         _check(queries, self.width)
         if k < 1 or (effort is not None and effort < 1):
@@ -254,42 +268,116 @@ class Faiss(KeyIndex):
 
     own: Any
     kind: str
-    settings: tuple[int | None, int]
 
     @staticmethod
     def of(keys: Tensor, kind: str, lists: int | None, degree: int) -> Faiss:
         """Raises MissingExtra without faiss."""
-        if not installed("faiss"):
-            raise MissingExtra(f"kind={kind!r} needs 'faiss', which is not installed: pip install faiss-cpu")
-        import faiss
-
+        faiss = _library("faiss", "faiss-cpu", kind)
         width = keys.shape[1]
         if kind == "faiss_hnsw":
             own = faiss.IndexHNSWFlat(width, max(degree // 2, 2), faiss.METRIC_INNER_PRODUCT)
+        elif kind == "faiss_pq":
+            own = faiss.IndexPQFastScan(width, width, _BITS, faiss.METRIC_INNER_PRODUCT)
         else:
             count = round(len(keys) ** 0.5) if lists is None else lists
             own = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, count, faiss.METRIC_INNER_PRODUCT)
-            own.train(keys.numpy())
+        own.train(keys.numpy())
         own.add(keys.numpy())
-        return Faiss(keys, width, own, kind, (lists, degree))
+        return Faiss(keys, width, own, kind)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held, what faiss holds as it writes it down."""
+        import faiss
+
+        return super().nbytes + int(faiss.serialize_index(self.own).nbytes)
 
     def _search(self, queries: Tensor, k: int, effort: int | None) -> tuple[Tensor, Tensor]:
         import faiss
 
+        if self.kind == "faiss_pq":
+            wanted = min(max(4 * k if effort is None else effort, k), len(self))
+            found = torch.from_numpy(self.own.search(queries.numpy(), wanted)[1])
+            scores = torch.einsum("nd,nkd->nk", queries, self.keys[found])
+            return found.gather(1, scores.topk(k).indices), torch.full((len(queries),), wanted + (1 << _BITS))
         hnsw = self.kind == "faiss_hnsw"
-        stats = faiss.cvar.hnsw_stats if hnsw else faiss.cvar.indexIVF_stats
+        counters: Any = faiss.cvar
+        stats = counters.hnsw_stats if hnsw else counters.indexIVF_stats
         stats.reset()
         if hnsw:
             self.own.hnsw.efSearch = max(k, 32) if effort is None else effort
         else:
             self.own.nprobe = 8 if effort is None else effort
         ids = torch.from_numpy(self.own.search(queries.numpy(), k)[1])
-        scored = stats.ndis // len(queries) + (0 if hnsw else self.own.nlist)
+        scored = stats.ndis // max(len(queries), 1) + (0 if hnsw else self.own.nlist)
         return ids, torch.full((len(queries),), scored)
 
     def _insert(self, keys: Tensor, queries: Tensor | None) -> KeyIndex:
+        import faiss
+
         # faiss adds in place, and this index stays as it is
-        return Faiss.of(torch.cat((self.keys, keys)), self.kind, *self.settings)
+        own = faiss.clone_index(self.own)
+        own.add(keys.numpy())
+        return replace(self, keys=torch.cat((self.keys, keys)), own=own)
+
+
+@dataclass(frozen=True, eq=False)
+class Hnswlib(KeyIndex):
+    """A graph of the hnswlib library by inner product."""
+
+    own: Any
+
+    @staticmethod
+    def of(keys: Tensor, degree: int) -> Hnswlib:
+        """Raises MissingExtra without hnswlib."""
+        own = _library("hnswlib", "hnswlib", "hnswlib").Index("ip", keys.shape[1])
+        own.init_index(len(keys), M=max(degree // 2, 2), random_seed=0)
+        own.add_items(keys.numpy(), num_threads=torch.get_num_threads())
+        return Hnswlib(keys, keys.shape[1], own)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is held, what hnswlib holds as it writes it down."""
+        return super().nbytes + int(self.own.index_file_size())
+
+    def _search(self, queries: Tensor, k: int, effort: int | None) -> tuple[Tensor, Tensor]:
+        self.own.set_ef(max(k, 32) if effort is None else effort)
+        ids = torch.empty(len(queries), k, dtype=torch.int64)
+        if not self._finds(queries, ids):
+            for query, row in zip(queries.split(1), ids.split(1), strict=True):
+                most = self._most(query, row)
+                row[:, most:] = -1
+                self._finds(query, row[:, :most])
+        return ids, torch.full((len(queries),), -1)
+
+    def _most(self, query: Tensor, row: Tensor) -> int:
+        """How many keys are found of a query: links may not lead to all from where the search begins."""
+        return bisect_left(range(1, row.shape[1] + 1), True, key=lambda n: not self._finds(query, row[:, :n]))
+
+    def _finds(self, queries: Tensor, ids: Tensor) -> bool:
+        """Write what is found into ids (N, k); whether so many are."""
+        try:
+            found = self.own.knn_query(queries.numpy(), ids.shape[1], num_threads=torch.get_num_threads())[0]
+        except RuntimeError as error:
+            if "2D array" not in str(error):
+                raise
+            return False
+        ids.copy_(torch.from_numpy(found.astype("int64")))
+        return True
+
+    def _insert(self, keys: Tensor, queries: Tensor | None) -> KeyIndex:
+        # hnswlib adds in place, and this index stays as it is
+        own, grown = deepcopy(self.own), torch.cat((self.keys, keys))
+        own.resize_index(len(grown))
+        ids = torch.arange(len(self), len(grown))
+        own.add_items(keys.numpy(), ids.numpy(), num_threads=torch.get_num_threads())
+        return replace(self, keys=grown, own=own)
+
+
+def _library(module: str, package: str, kind: str) -> Any:
+    if not installed(module):
+        raise MissingExtra(f"kind={kind!r} needs {module!r}, which is not installed: pip install {package}")
+    return import_module(module)
 
 
 def _check(x: Tensor, width: int) -> None:

@@ -55,6 +55,7 @@ def backward(
         dout, dlse if type(options.normaliser) is Softmax else None, q, k, v, out,
         lse if keeps_statistic(type(options.normaliser)) else None, layout, scale=options.scale, bias=options.bias,
         indexed=options.indexed, normaliser=options.normaliser, sinks=options.sinks, dropout=_dropout(options),
+        bias_grad=options.bias_grad,
     )  # fmt: skip
     return Gradients(dq.contiguous(), dk.contiguous(), dv.contiguous(), dbias, dtables, dsinks, None)
 

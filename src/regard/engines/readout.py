@@ -21,7 +21,7 @@ from regard.contract.shapes import bind, check_types, parse
 from regard.engines import native_blocks
 from regard.engines.block_sparse import AnyPattern, check_pattern, four_axes, lay_out, with_mask
 from regard.engines.chunks import Chunk, Options, TileWork
-from regard.engines.dense import Call, prepare, run_explicit, visible
+from regard.engines.dense import Call, prepare, refuse_nan, run_explicit, visible
 from regard.engines.native import block_sparse as kernels
 from regard.engines.native import readout as readings
 from regard.engines.precision import accumulator, without_autocast
@@ -131,6 +131,7 @@ def _no_tiles(reading: Reading) -> list[str]:
 
 def _run_tiles(reading: Reading) -> Any:
     call = reading.call
+    refuse_nan(call.bias)
     q, k = call.q, call.k
     batch, heads, n, d = q.shape
     m, kind = k.shape[2], accumulator(q.dtype)

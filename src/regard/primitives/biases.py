@@ -9,6 +9,9 @@ from torch import Tensor
 
 from regard.contract.errors import ShapeError
 
+# what every engine says of a bias that it cannot add
+NAN_BIAS = "the bias (or float mask) holds NaN; use -inf to hide a key"
+
 
 @dataclass(frozen=True, eq=False)
 class Indexed:

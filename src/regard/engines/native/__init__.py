@@ -16,6 +16,7 @@ from torch import Tensor
 
 from regard.contract.errors import OptionError, Unsupported
 from regard.engines.native.abi import DTYPES, ERRORS, ISAS, open_library
+from regard.primitives.biases import NAN_BIAS
 
 _library: ctypes.CDLL | None = None
 _reason: str | None = None
@@ -98,6 +99,8 @@ def poison(on: bool) -> None:
 
 def check(status: int) -> None:
     """Raise what a kernel returned, if it is an error."""
+    if status == 3:
+        raise OptionError(NAN_BIAS)
     if status:
         raise (MemoryError if status == 1 else Unsupported)(f"native kernel: {ERRORS.get(status, status)}")
 

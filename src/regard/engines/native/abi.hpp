@@ -3,13 +3,13 @@
 
 #include <stdint.h>
 
-#define REGARD_ABI 3
+#define REGARD_ABI 4
 #define REGARD_INDEXED 4
 
 enum Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 enum Isa { PORTABLE, AVX2, AVX512, AVX512BF16, ISAS };
 enum Normal { SOFTMAX, SIGMOID, SOFTPLUS, EXPONENTIAL, RELU, RELU_OVER_N, LINEAR };
-enum Error { OK, NO_MEMORY, NO_ISA };
+enum Error { OK, NO_MEMORY, NO_ISA, NOT_A_NUMBER };
 
 // a table added to the scores at key_index[j] - query_index[i]; strides in elements, 0 on broadcast axes
 struct Indexed {
@@ -37,7 +37,7 @@ struct Problem {
   const int32_t *crow, *col, *tile;
   const uint64_t *bits, *bits_t;
   int64_t layout_batch, layout_heads, entries;
-  const float* bias;
+  const void* bias;  // halves only in whole tables with contiguous rows
   float* dbias;
   int64_t bias_strides[4], dbias_strides[4];
   const float* sinks;
@@ -46,7 +46,7 @@ struct Problem {
   uint64_t seed;
   double dropout;
   float scale, parameter;
-  int32_t dtype, isa, threads, normaliser, indexed_count, one_by_one;
+  int32_t dtype, bias_dtype, isa, threads, normaliser, indexed_count, one_by_one;
 };
 
 enum What { ROWS, HEADS, COLUMN_SUM, ENTROPY, SINK_MASS, BLOCK_MAX, BLOCK_SUM, TOP_K };

@@ -7,7 +7,7 @@ from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 
 import torch
 
-VERSION = 3
+VERSION = 4
 INDEXED = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")
@@ -48,7 +48,8 @@ class Problem(ctypes.Structure):
         ("dropout", c_double),
         ("scale", c_float),
         ("parameter", c_float),
-        *((name, c_int32) for name in ("dtype", "isa", "threads", "normaliser", "indexed_count", "one_by_one")),
+        *((name, c_int32) for name in ("dtype", "bias_dtype", "isa", "threads", "normaliser")),
+        *((name, c_int32) for name in ("indexed_count", "one_by_one")),
     )
 
 

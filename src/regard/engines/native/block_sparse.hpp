@@ -109,7 +109,7 @@ struct Forward {
   template <bool DROP>
   bool weigh_with(const Place& at, float rest) {
     switch (p.normaliser) {
-      case SOFTMAX: return soften<Op, DROP>(s, w, at.keys, at.vectors, extras.seen, kept, 1.f, rest, top, sum, alpha);
+      case SOFTMAX: return soften<Op, DROP>(s, w, at.keys, at.vectors, extras.pairs(), kept, 1.f, rest, top, sum, alpha);
       case SIGMOID: weigh<Op, SIGMOID, DROP>(s, w, at.keys, at.vectors, extras.seen, kept, p.parameter, rest, sum); break;
       case SOFTPLUS: weigh<Op, SOFTPLUS, DROP>(s, w, at.keys, at.vectors, extras.seen, kept, 0, rest, sum); break;
       case EXPONENTIAL: weigh<Op, EXPONENTIAL, DROP>(s, w, at.keys, at.vectors, extras.seen, kept, 0, rest, sum); break;
@@ -215,6 +215,7 @@ static int forward(const Problem& p) {
           task.run(h, x % tiles);
         }
       }
+      if (task.extras.strange) __atomic_store_n(&failed, NOT_A_NUMBER, __ATOMIC_RELAXED);
     }
   }
   return failed;
@@ -334,7 +335,7 @@ struct Backward {
   void unweigh_with(const Place& at, float rest) {
     const int n = at.keys, vs = at.vectors;
     switch (p.normaliser) {
-      case SOFTMAX: unweigh<Op, SOFTMAX, DROP, false>(s, w, s, n, vs, extras.seen, kept, 1.f, 0, rest, stat); break;
+      case SOFTMAX: unweigh<Op, SOFTMAX, DROP, false>(s, w, s, n, vs, extras.pairs(), kept, 1.f, 0, rest, stat); break;
       case SIGMOID: unweigh<Op, SIGMOID, DROP, false>(s, w, s, n, vs, extras.seen, kept, 1.f, p.parameter, rest, stat); break;
       case SOFTPLUS: unweigh<Op, SOFTPLUS, DROP, false>(s, w, s, n, vs, extras.seen, kept, 1.f, 0, rest, stat); break;
       case EXPONENTIAL: unweigh<Op, EXPONENTIAL, DROP, false>(s, w, s, n, vs, extras.seen, kept, 1.f, 0, rest, stat); break;
@@ -351,9 +352,9 @@ struct Backward {
       return;
     }
     if (p.dropout > 0)
-      slant<Op, true, true>(s, dp, ds, dsp, n, vs, extras.seen, kept, (float)(1 / (1 - p.dropout)), less);
+      slant<Op, true, true>(s, dp, ds, dsp, n, vs, extras.pairs(), kept, (float)(1 / (1 - p.dropout)), less);
     else
-      slant<Op, false, true>(s, dp, ds, dsp, n, vs, extras.seen, kept, 1.f, less);
+      slant<Op, false, true>(s, dp, ds, dsp, n, vs, extras.pairs(), kept, 1.f, less);
   }
 
   // C (keys x width) += tile' columns, the columns of the tile's queries

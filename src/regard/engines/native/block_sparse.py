@@ -82,19 +82,21 @@ def backward(
     normaliser: Normaliser | None = None,
     sinks: Tensor | None = None,
     dropout: tuple[float, int] = (0.0, 0),
+    bias_grad: bool = True,
     isa: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, ...], Tensor | None]:
     """(dq, dk, dv, dbias, d of each indexed table, dsinks), each in the dtype and the shape of its tensor.
 
     dout (B, H, N, E), dlse (B, H, N) or None: the gradients of what `forward` returned; out, lse: what it returned.
-    The other arguments are those of the call. Sums have the same order whatever the number of threads.
+    bias_grad: whether the bias has a gradient. The other arguments are those of the call. Sums have the same order
+    whatever the number of threads.
     """
     call = _Call(q, k, v, layout, scale, bias, indexed, normaliser, sinks, dropout, isa)
     if dlse is not None and not isinstance(call.normaliser, Softmax):
         raise Unsupported(f"{type(call.normaliser).__name__} has no log-sum-exp to differentiate")
     e = v.shape[-1]
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (call.q, call.k, call.v))
-    dbias, dtables, dsinks = call.gradients(bias, indexed, sinks)
+    dbias, dtables, dsinks = call.gradients(bias if bias_grad else None, indexed, sinks)
     problem = call.problem(_padded(_contiguous_rows(out), e), lse)
     problem_out = _padded(_contiguous_rows(dout.to(q.dtype)), e)
     if not q.numel() or not k.numel():
@@ -192,7 +194,7 @@ class _Call:
             setattr(problem, name, getattr(layout, name).data_ptr())
         problem.normaliser, problem.parameter = _code(self.normaliser)
         if self.bias is not None:
-            problem.bias = self.bias.data_ptr()
+            problem.bias, problem.bias_dtype = self.bias.data_ptr(), DTYPES[self.bias.dtype]
             problem.bias_strides[:] = _strides(self.bias)
         if self.dbias is not None:
             problem.dbias = self.dbias.data_ptr()
@@ -255,7 +257,9 @@ def _four(x: Tensor) -> Tensor:
 
 
 def _table(x: Tensor) -> Tensor:
-    return _four(x.float())
+    # halves are read as they are where there are many: a whole table, row by row
+    whole = x.dtype in DTYPES and x.dim() > 1 and 1 not in x.shape[-2:] and x.stride(-1) == 1
+    return _four(x if whole else x.float())
 
 
 def _strides(x: Tensor) -> list[int]:

@@ -14,29 +14,45 @@ struct Place {
   int rows, keys, vectors;
 };
 
-// a tile of a strided table into [key][lane]; lanes without a row are 0
-static void read_table(const float* table, const int64_t* strides, const Place& at, float* tile) {
-  const float* from = table + at.b * strides[0] + at.h * strides[1] + at.i * strides[2] + at.j * strides[3];
-  if (strides[3] != 1) {
-    for (int k = 0; k < at.keys; k++)
-      for (int i = 0; i < at.vectors * W; i++)
-        tile[k * TILE + i] = i < at.rows ? from[i * strides[2] + k * strides[3]] : 0.f;
-    return;
-  }
+// where a place lies in a table
+template <class T>
+INLINE const T* corner_of(const void* table, const int64_t* strides, const Place& at) {
+  return (const T*)table + at.b * strides[0] + at.h * strides[1] + at.i * strides[2] + at.j * strides[3];
+}
+
+// a tile of a table with contiguous rows into [key][lane]; lanes without a row are 0
+template <class In>
+static void read_rows(const void* table, const int64_t* strides, const Place& at, float* tile) {
+  typedef typename In::T T;
+  const T* from = corner_of<T>(table, strides, at);
   for (int i = 0; i < at.rows; i += W)
     for (int k = 0; k < at.keys; k += W) {
-      const float* corner_at = from + i * strides[2] + k;
-      float corner[W * W], turned[W * W];
-      if (i + W <= at.rows && k + W <= at.keys) {
+      const T* corner_at = from + i * strides[2] + k;
+      const bool whole = i + W <= at.rows && k + W <= at.keys;
+      if (In::plain && whole) {
         transpose<false>((const char*)corner_at, strides[2] * 4, tile + k * TILE + i, TILE, zero());
         continue;
       }
-      memset(corner, 0, sizeof corner);
-      for (int x = 0; x < W && i + x < at.rows; x++)
-        memcpy(corner + x * W, corner_at + x * strides[2], 4 * least(W, at.keys - k));
+      float corner[W * W] = {}, turned[W * W];
+      for (int x = 0; x < W && i + x < at.rows; x++) {
+        T row[W] = {};
+        memcpy(row, corner_at + x * strides[2], sizeof(T) * least(W, at.keys - k));
+        store(corner + x * W, In::get(row));
+      }
       transpose<false>((const char*)corner, W * 4, turned, W, zero());
       for (int x = 0; x < W && k + x < at.keys; x++) memcpy(tile + (k + x) * TILE + i, turned + x * W, W * 4);
     }
+}
+
+static void read_table(const Problem& p, const Place& at, float* tile) {
+  const int64_t* strides = p.bias_strides;
+  if (p.bias_dtype == BFLOAT16) return read_rows<Bfloat16>(p.bias, strides, at, tile);
+  if (p.bias_dtype == FLOAT16) return read_rows<Float16>(p.bias, strides, at, tile);
+  if (strides[3] == 1) return read_rows<Float32>(p.bias, strides, at, tile);
+  const float* from = corner_of<float>(p.bias, strides, at);
+  for (int k = 0; k < at.keys; k++)
+    for (int i = 0; i < at.vectors * W; i++)
+      tile[k * TILE + i] = i < at.rows ? from[i * strides[2] + k * strides[3]] : 0.f;
 }
 
 // table += tile; sums over an axis with stride 0
@@ -187,6 +203,8 @@ struct Extras {
   Lookup tables[REGARD_INDEXED];
   float* spare;
   uint64_t* seen;  // per key of the tile: which lanes may meet it, and are not hidden by a bias of -inf
+  bool hides;      // whether there is a lane that may not
+  bool strange = false;  // whether a bias was NaN so far
 
   void carve(Arena& arena, const Problem& p, bool backward) {
     for (int t = 0; t < p.indexed_count; t++) tables[t].carve(arena, p.indexed[t], backward);
@@ -202,25 +220,32 @@ struct Extras {
   void add(const Problem& p, const Place& at, float* s, const uint64_t* allowed, float c, float unit) {
     const V times = set1(c), units = set1(unit), lowest = set1(-3e38f);
     for (int k = 0; k < at.keys; k++) seen[k] = allowed ? allowed[k] : ALL;
+    hides = allowed;
     if (p.bias && !p.bias_strides[2]) {
-      const float* from = p.bias + at.b * p.bias_strides[0] + at.h * p.bias_strides[1] + at.j * p.bias_strides[3];
+      const float* from = corner_of<float>(p.bias, p.bias_strides, at);
       for (int k = 0; k < at.keys; k++) {
         const float x = from[k * p.bias_strides[3]];
-        if (!(x > -3e38f)) seen[k] = 0;
+        if (!(x > -3e38f)) seen[k] = 0, hides = true, strange |= x != x;
         const V more = set1(x * unit);
         for (int v = 0; v < at.vectors; v++)
           store(s + k * TILE + v * W, fma(load(s + k * TILE + v * W), times, more));
       }
     } else if (p.bias) {
-      read_table(p.bias, p.bias_strides, at, spare);
+      read_table(p, at, spare);
+      uint64_t common = ALL;
       for (int k = 0; k < at.keys; k++) {
-        uint64_t bits = 0;
+        uint64_t bits = at.vectors * W < 64 ? ALL << at.vectors * W : 0;
         for (int v = 0; v < at.vectors; v++) {
           V x = load(spare + k * TILE + v * W);
           bits |= bits_of(above(x, lowest)) << (v * W);
           store(s + k * TILE + v * W, fma(x, units, load(s + k * TILE + v * W) * times));
         }
         seen[k] &= bits;
+        common &= bits;
+      }
+      if (common != ALL) {
+        hides = true;
+        for (int x = 0; x < at.keys * TILE; x++) strange |= x % TILE < at.rows && spare[x] != spare[x];
       }
     } else if (c != 1.f) {
       for (int k = 0; k < at.keys; k++)
@@ -239,6 +264,9 @@ struct Extras {
         if (seen[k]) tables[t].spread(p.indexed[t].key[at.j + k], at, ds + k * TILE);
   }
 
+  // the pairs of the tile that may meet; null where all may
+  INLINE_MEMBER const uint64_t* pairs() const { return hides ? seen : nullptr; }
+
   void settle(const Problem& p, const Place& at) {
     for (int t = 0; t < p.indexed_count; t++) tables[t].settle(at);
   }
@@ -247,38 +275,51 @@ struct Extras {
   static INLINE_MEMBER void fetch_ahead(const Problem& p, const Place& at, long next) {
     if (!p.bias || p.bias_strides[3] != 1 || !p.bias_strides[2]) return;
     const long keys = least(TILE, p.m - next);
-    const int64_t* by = p.bias_strides;
-    fetch(p.bias + at.b * by[0] + at.h * by[1] + at.i * by[2] + next, by[2] * 4, at.rows, keys * 4);
+    const Place there{at.b, at.h, at.i, next, at.rows, at.keys, at.vectors};
+    if (p.bias_dtype == FLOAT32)
+      fetch(corner_of<float>(p.bias, p.bias_strides, there), p.bias_strides[2] * 4, at.rows, keys * 4);
+    else
+      fetch(corner_of<Half>(p.bias, p.bias_strides, there), p.bias_strides[2] * 2, at.rows, keys * 2);
   }
 };
 
-// Philox4x32-10: counter (b, h, i, j), key seed; kept if word 0 of the output reaches the threshold
+// how many rows have their random words in registers at once
+constexpr int DRAWN = 32;
+
+// Philox4x32-10: key seed, counter (b, h, i, j div 4); of the four words of its output, word j mod 4 decides on key j.
+// Tiles begin at multiples of 4 keys. Words are the low halves of 64 bits: a product reads no more, and needs no widening
 static void draw(const Problem& p, const Place& at, uint64_t* kept) {
-  const double bound = p.dropout * 4294967296.0;
-  const uint64_t threshold = (uint64_t)bound;
-  uint32_t c0[TILE], c1[TILE], c2[TILE], c3[TILE];
-  for (int k = 0; k < at.keys; k++) {
-    for (int i = 0; i < TILE; i++) {
-      c0[i] = (uint32_t)at.b;
-      c1[i] = (uint32_t)at.h;
-      c2[i] = (uint32_t)(p.q_offset + at.i + i);
-      c3[i] = (uint32_t)(at.j + k);
-    }
-    uint32_t key0 = (uint32_t)p.seed, key1 = (uint32_t)(p.seed >> 32);
-    for (int round = 0; round < 10; round++) {
-      for (int i = 0; i < TILE; i++) {
-        uint64_t x = (uint64_t)0xD2511F53u * c0[i], y = (uint64_t)0xCD9E8D57u * c2[i];
-        c0[i] = (uint32_t)(y >> 32) ^ c1[i] ^ key0;
-        c2[i] = (uint32_t)(x >> 32) ^ c3[i] ^ key1;
-        c1[i] = (uint32_t)y;
-        c3[i] = (uint32_t)x;
+  const uint32_t threshold = (uint32_t)(p.dropout * 4294967296.0);
+  uint64_t c[4][DRAWN];
+  for (int k = 0; k < at.keys; k += 4) {
+    for (int word = 0; word < 4; word++) kept[k + word] = 0;
+    for (int first = 0; first < TILE; first += DRAWN) {
+      for (int i = 0; i < DRAWN; i++) {
+        c[0][i] = (uint32_t)at.b;
+        c[1][i] = (uint32_t)at.h;
+        c[2][i] = (uint32_t)(p.q_offset + at.i + first + i);
+        c[3][i] = (uint32_t)((at.j + k) / 4);
       }
-      key0 += 0x9E3779B9u;
-      key1 += 0xBB67AE85u;
+      uint64_t key0 = (uint32_t)p.seed, key1 = (uint64_t)p.seed >> 32;
+#pragma GCC unroll 10
+      for (int round = 0; round < 10; round++) {
+        for (int i = 0; i < DRAWN; i++) {
+          const uint64_t x = 0xD2511F53ull * (uint32_t)c[0][i], y = 0xCD9E8D57ull * (uint32_t)c[2][i];
+          c[0][i] = (y >> 32) ^ c[1][i] ^ key0;
+          c[2][i] = (x >> 32) ^ c[3][i] ^ key1;
+          c[1][i] = y;
+          c[3][i] = x;
+        }
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+      }
+      for (int word = 0; word < 4; word++) {
+        // numbers first: compilers turn comparisons into bits one lane after the other
+        float stays[DRAWN];
+        for (int i = 0; i < DRAWN; i++) stays[i] = (uint32_t)c[word][i] >= threshold ? 1.f : 0.f;
+        for (int i = 0; i < DRAWN; i += W) kept[k + word] |= bits_of(above(load(stays + i), zero())) << (first + i);
+      }
     }
-    uint64_t bits = 0;
-    for (int i = 0; i < TILE; i++) bits |= (uint64_t)(c0[i] >= threshold) << i;
-    kept[k] = bits;
   }
 }
 

@@ -238,6 +238,7 @@ static int readout(const Reading& r) {
           task.run(to, h, x % tiles);
         }
       }
+      if (task.extras.strange) __atomic_store_n(&failed, NOT_A_NUMBER, __ATOMIC_RELAXED);
     }
   }
   return failed;

@@ -334,7 +334,8 @@ def _row_numbers(stat, delta, slab, n, i, real):
 @triton.jit
 def _kept(seed, dropout, b, h, i, j):
     """What dropout multiplies weights with. dropout: (the least random word that is kept, 1 / (1 - p))."""
-    word, _, _, _ = tl.philox(tl.load(seed), b, h, i, j)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), b, h, i, j // 4)
+    word = tl.where(j % 4 < 2, tl.where(j % 4 == 0, w0, w1), tl.where(j % 4 == 2, w2, w3))
     return tl.where(word.to(tl.int64) >= dropout[0], dropout[1], 0.0)
 
 

@@ -91,7 +91,8 @@ def backward(
     dout = _with_rows(dout.to(q.dtype))
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     # by the axes that a bias has: sums over the keys, sums over the queries, or the whole table
-    by_row, by_column = bias is not None and bias.shape[3] == 1, bias is not None and bias.shape[2] == 1
+    learnt = bias if options.bias_grad else None
+    by_row, by_column = learnt is not None and learnt.shape[3] == 1, learnt is not None and learnt.shape[2] == 1
     drow = q.new_empty(batch, heads, n, 1, dtype=torch.float32) if by_row else None
     dcol = q.new_empty(batch, heads, 1, m, dtype=torch.float32) if by_column and not by_row else None
     inputs = (launch.q, launch.k, launch.v, dout, stat, delta, bias, options.seed)
@@ -105,15 +106,15 @@ def backward(
         launch.layout_strides(turned=True), *launch.numbers(), KIND=launch.kind,
     )  # fmt: skip
     dbias = drow if by_row else dcol
-    if bias is not None and dbias is None:
-        dbias = torch.zeros(bias.shape, dtype=torch.float32, device=q.device)
-        members = (batch // bias.shape[0], heads // bias.shape[1])
+    if learnt is not None and dbias is None:
+        dbias = torch.zeros(learnt.shape, dtype=torch.float32, device=q.device)
+        members = (batch // learnt.shape[0], heads // learnt.shape[1])
         launch.over_bias(
             launch.kernels.backward_bias, *inputs, dbias, *launch.rows(), *strides, launch.layout_strides(), members,
             *launch.numbers(), KIND=launch.kind,
         )  # fmt: skip
-    if bias is not None and dbias is not None:
-        dbias = dbias.sum_to_size(bias.shape).to(bias.dtype)
+    if learnt is not None and dbias is not None:
+        dbias = dbias.sum_to_size(learnt.shape).to(learnt.dtype)
     return Gradients(dq, dk, dv, dbias, (), dsinks, None)
 
 
