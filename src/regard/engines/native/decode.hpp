@@ -2,6 +2,8 @@
 // heads that share them; lanes are the head width for the scores, and keys for the weights
 #pragma once
 
+#include <type_traits>
+
 #include "block_sparse.hpp"
 
 namespace {
@@ -47,47 +49,74 @@ struct Decode {
     for (long x = from; x < to; x++) {
       const long kb = listed.col[x], t = listed.tile[x];
       const int count = (int)least(TILE, p.m - kb * TILE);
+      const uint64_t valid = count < TILE ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0;
       const T* kt = k + kb * TILE * p.ks[2];
       const T* vt = v + kb * TILE * p.vs[2];
       // the values come into the cache while the keys are read, and then the next keys while the values are; a
       // prefetch past the end is harmless
       const T* next = k + (x + 1 < to ? listed.col[x + 1] : kb) * TILE * p.ks[2];
-      score<true>(kt, count, q, w, vt);
-      for (long r = 1; r < rows; r++) score<false>(kt, count, q + r * p.d, w + r * TILE, nullptr);
+      const T* ahead = vt;
+      by_rows(rows, [&](auto together, long r) {
+        score<together>(kt, count, q + r * p.d, w + r * TILE, ahead);
+        ahead = nullptr;
+      });
+      float less[FEW];
       for (long r = 0; r < rows; r++) {
-        const uint64_t valid = count < TILE ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0;
         const uint64_t bits = t ? p.bits[(t - 1) * TILE + r % p.n] & valid : valid;
-        float a = weigh_row(w + r * TILE, bits, tops + r, totals + r);
-        if (r == 0)
-          add<true>(vt, count, w, a, o, next);
-        else
-          add<false>(vt, count, w + r * TILE, a, o + r * p.e, nullptr);
+        less[r] = weigh_row(w + r * TILE, bits, tops + r, totals + r);
       }
+      by_rows(rows, [&](auto together, long r) {
+        add<together>(vt, count, w + r * TILE, less + r, o + r * p.e, next);
+        next = nullptr;
+      });
     }
   }
 
-  // w[key] = k[key] . row
-  template <bool AHEAD>
+  // rows that meet a key in registers at once: by fours, twos and ones
+  template <class Each>
+  INLINE_MEMBER static void by_rows(long rows, Each each) {
+    long r = 0;
+    for (; r + 4 <= rows; r += 4) each(std::integral_constant<int, 4>(), r);
+    for (; r + 2 <= rows; r += 2) each(std::integral_constant<int, 2>(), r);
+    for (; r < rows; r++) each(std::integral_constant<int, 1>(), r);
+  }
+
+  // w[row][key] = k[key] . row, of ROWS rows
+  template <int ROWS>
   INLINE_MEMBER void score(const T* k, int count, const float* row, float* to, const T* ahead) const {
+    constexpr int KEYS = W / ROWS;
     int j = 0;
-    for (; j + W <= count; j += W) {
-      if (AHEAD)
-        for (int i = 0; i < W; i++) fetch(ahead + (j + i) * p.vs[2], 0, 1, p.e * sizeof(T));
+    for (; j + KEYS <= count; j += KEYS) {
+      if (ahead)
+        for (int i = 0; i < KEYS; i++) fetch(ahead + (j + i) * p.vs[2], 0, 1, p.e * sizeof(T));
       V acc[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) acc[i] = zero();
       for (long x = 0; x < p.d; x += W) {
-        V y = load(row + x);
+        V y[ROWS];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) y[r] = load(row + r * p.d + x);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; i++) acc[i] = fma(In::get(k + (j + i) * p.ks[2] + x), y, acc[i]);
+        for (int i = 0; i < KEYS; i++) {
+          const V key = In::get(k + (j + i) * p.ks[2] + x);
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; r++) acc[r * KEYS + i] = fma(key, y[r], acc[r * KEYS + i]);
+        }
       }
-      store(to + j, sums(acc));
+      if (ROWS == 1) {
+        store(to + j, sums(acc));
+      } else {
+        float found[W];
+        store(found, sums(acc));
+        for (int r = 0; r < ROWS; r++) memcpy(to + r * TILE + j, found + r * KEYS, KEYS * sizeof(float));
+      }
     }
-    for (; j < count; j++) {
-      V acc = zero();
-      for (long x = 0; x < p.d; x += W) acc = fma(In::get(k + j * p.ks[2] + x), load(row + x), acc);
-      to[j] = total(acc);
-    }
+    for (; j < count; j++)
+      for (int r = 0; r < ROWS; r++) {
+        V acc = zero();
+        for (long x = 0; x < p.d; x += W) acc = fma(In::get(k + j * p.ks[2] + x), load(row + r * p.d + x), acc);
+        to[r * TILE + j] = total(acc);
+      }
   }
 
   // scores of a tile into weights; returns what the output so far must be multiplied by
@@ -111,43 +140,58 @@ struct Decode {
     return a;
   }
 
-  // o = a o + w v
-  template <bool AHEAD>
-  INLINE_MEMBER void add(const T* v, int count, const float* weights, float a, float* o, const T* ahead) const {
+  // o = less o + w v, of ROWS rows
+  template <int ROWS>
+  INLINE_MEMBER void add(const T* v, int count, const float* weights, const float* less, float* o,
+                         const T* ahead) const {
     for (long e = 0; e < p.e; e += 4 * W) {
+      // the first block of columns fetches whole rows
+      const T* rows = e ? nullptr : ahead;
       const int vectors = (int)least(4, (p.e - e) / W);
       if (vectors == 4)
-        // the first block of columns fetches whole rows
-        e ? add_block<false, 4>(v + e, count, weights, a, o + e, ahead)
-          : add_block<AHEAD, 4>(v + e, count, weights, a, o + e, ahead);
+        add_block<ROWS, 4>(v + e, count, weights, less, o + e, rows);
       else
-        for (int x = 0; x < vectors; x++) add_block<false, 1>(v + e + x * W, count, weights, a, o + e + x * W, ahead);
+        for (int x = 0; x < vectors; x++)
+          add_block<ROWS, 1>(v + e + x * W, count, weights, less, o + e + x * W, x ? nullptr : rows);
     }
   }
 
-  template <bool AHEAD, int NV>
-  INLINE_MEMBER void add_block(const T* v, int count, const float* weights, float a, float* o, const T* ahead) const {
-    V acc[2][NV];
+  template <int ROWS, int NV>
+  INLINE_MEMBER void add_block(const T* v, int count, const float* weights, const float* less, float* o,
+                               const T* ahead) const {
+    // one row alone has two sums, so that additions do not wait for each other
+    constexpr int SUMS = ROWS == 1 ? 2 : 1;
+    V acc[SUMS][ROWS][NV];
 #pragma GCC unroll 4
-    for (int x = 0; x < NV; x++) {
-      acc[0][x] = load(o + x * W) * set1(a);
-      acc[1][x] = zero();
-    }
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+      for (int x = 0; x < NV; x++) {
+        acc[0][r][x] = load(o + r * p.e + x * W) * set1(less[r]);
+        if (SUMS == 2) acc[SUMS - 1][r][x] = zero();
+      }
     int j = 0;
-    for (; j + 2 <= count; j += 2) {
-      if (AHEAD)
-        for (int y = 0; y < 2; y++) fetch(ahead + (j + y) * p.ks[2], 0, 1, p.d * sizeof(T));
+    for (; j + SUMS <= count; j += SUMS) {
+      if (ahead)
+        for (int y = 0; y < SUMS; y++) fetch(ahead + (j + y) * p.ks[2], 0, 1, p.d * sizeof(T));
 #pragma GCC unroll 2
-      for (int y = 0; y < 2; y++)
+      for (int y = 0; y < SUMS; y++)
 #pragma GCC unroll 4
-        for (int x = 0; x < NV; x++)
-          acc[y][x] = fma(In::get(v + (j + y) * p.vs[2] + x * W), set1(weights[j + y]), acc[y][x]);
+        for (int x = 0; x < NV; x++) {
+          const V value = In::get(v + (j + y) * p.vs[2] + x * W);
+#pragma GCC unroll 4
+          for (int r = 0; r < ROWS; r++) acc[y][r][x] = fma(value, set1(weights[r * TILE + j + y]), acc[y][r][x]);
+        }
     }
-    if (j < count)
+    for (; j < count; j++)
 #pragma GCC unroll 4
-      for (int x = 0; x < NV; x++) acc[0][x] = fma(In::get(v + j * p.vs[2] + x * W), set1(weights[j]), acc[0][x]);
+      for (int x = 0; x < NV; x++) {
+        const V value = In::get(v + j * p.vs[2] + x * W);
+        for (int r = 0; r < ROWS; r++) acc[0][r][x] = fma(value, set1(weights[r * TILE + j]), acc[0][r][x]);
+      }
 #pragma GCC unroll 4
-    for (int x = 0; x < NV; x++) store(o + x * W, acc[0][x] + acc[1][x]);
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+      for (int x = 0; x < NV; x++) store(o + r * p.e + x * W, SUMS == 2 ? acc[0][r][x] + acc[SUMS - 1][r][x] : acc[0][r][x]);
   }
 
   // the pieces of one set of rows into the result
