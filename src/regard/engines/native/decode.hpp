@@ -12,6 +12,8 @@ namespace {
 constexpr int FEW = 8;
 // blocks of keys in a piece: fixed, so that sums do not depend on the number of threads
 constexpr long PIECE = 16;
+// bytes of keys and values that stay near while as many are fetched
+constexpr long NEAR = 32768;
 
 // query heads that are read together, and their rows
 INLINE long together(const Problem& p) { return p.layout_heads == 1 ? p.heads / p.groups : 1; }
@@ -46,29 +48,34 @@ struct Decode {
       totals[r] = 0.f;
     }
     memset(o, 0, rows * p.e * sizeof(float));
+    const int step = (p.d + p.e) * (long)sizeof(T) * TILE > NEAR ? TILE / 2 : TILE;
     for (long x = from; x < to; x++) {
       const long kb = listed.col[x], t = listed.tile[x];
-      const int count = (int)least(TILE, p.m - kb * TILE);
-      const uint64_t valid = count < TILE ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0;
-      const T* kt = k + kb * TILE * p.ks[2];
-      const T* vt = v + kb * TILE * p.vs[2];
-      // the values come into the cache while the keys are read, and then the next keys while the values are; a
-      // prefetch past the end is harmless
-      const T* next = k + (x + 1 < to ? listed.col[x + 1] : kb) * TILE * p.ks[2];
-      const T* ahead = vt;
-      by_rows(rows, [&](auto together, long r) {
-        score<together>(kt, count, q + r * p.d, w + r * TILE, ahead);
-        ahead = nullptr;
-      });
-      float less[FEW];
-      for (long r = 0; r < rows; r++) {
-        const uint64_t bits = t ? p.bits[(t - 1) * TILE + r % p.n] & valid : valid;
-        less[r] = weigh_row(w + r * TILE, bits, tops + r, totals + r);
+      const int whole = (int)least(TILE, p.m - kb * TILE);
+      for (int at = 0; at < whole; at += step) {
+        const int count = (int)least(step, whole - at);
+        const uint64_t valid = count < TILE ? ((uint64_t)1 << count) - 1 : ~(uint64_t)0;
+        const T* kt = k + (kb * TILE + at) * p.ks[2];
+        const T* vt = v + (kb * TILE + at) * p.vs[2];
+        // the values come into the cache while the keys are read, and then the next keys while the values are; a
+        // prefetch past the end is harmless
+        const T* next = at + step < whole ? kt + step * p.ks[2]
+                                          : k + (x + 1 < to ? listed.col[x + 1] : kb) * TILE * p.ks[2];
+        const T* ahead = vt;
+        by_rows(rows, [&](auto together, long r) {
+          score<together>(kt, count, q + r * p.d, w + r * TILE, ahead);
+          ahead = nullptr;
+        });
+        float less[FEW];
+        for (long r = 0; r < rows; r++) {
+          const uint64_t bits = t ? p.bits[(t - 1) * TILE + r % p.n] >> at & valid : valid;
+          less[r] = weigh_row(w + r * TILE, bits, tops + r, totals + r);
+        }
+        by_rows(rows, [&](auto together, long r) {
+          add<together>(vt, count, w + r * TILE, less + r, o + r * p.e, next);
+          next = nullptr;
+        });
       }
-      by_rows(rows, [&](auto together, long r) {
-        add<together>(vt, count, w + r * TILE, less + r, o + r * p.e, next);
-        next = nullptr;
-      });
     }
   }
 
