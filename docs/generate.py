@@ -68,6 +68,8 @@ def pages(entries: dict[str, Entry]) -> str:
             "sends",
             "sites",
             "owns",
+            "losses",
+            "trains",
         ):
             value = getattr(card, field, None)
             if value:

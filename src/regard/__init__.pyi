@@ -65,6 +65,18 @@ from regard.explain.circuits.sae_circuits import DiscreteSAE as DiscreteSAE
 from regard.explain.circuits.sae_circuits import HeadCodes as HeadCodes
 from regard.explain.circuits.sae_circuits import circuit_roc as circuit_roc
 from regard.explain.circuits.sae_circuits import head_vectors as head_vectors
+from regard.explain.examples.chm_corr import ComparedPictures as ComparedPictures
+from regard.explain.examples.chm_corr import Correspondence as Correspondence
+from regard.explain.examples.chm_corr import CorrespondenceClassifier as CorrespondenceClassifier
+from regard.explain.examples.chm_corr import LearnedPictures as LearnedPictures
+from regard.explain.examples.chm_corr import Prediction as Prediction
+from regard.explain.examples.ppgn import PPGN as PPGN
+from regard.explain.examples.ppgn import PPGNSamples as PPGNSamples
+from regard.explain.examples.ppgn import PPGNTerms as PPGNTerms
+from regard.explain.examples.ppgn import PPGNTrace as PPGNTrace
+from regard.explain.examples.ppgn import caption_condition as caption_condition
+from regard.explain.examples.ppgn import class_condition as class_condition
+from regard.explain.examples.ppgn import unit_condition as unit_condition
 from regard.explain.heads.act import SinkReading as SinkReading
 from regard.explain.heads.act import find_sinks as find_sinks
 from regard.explain.heads.act import read_sinks as read_sinks
@@ -100,6 +112,7 @@ from regard.explain.heads.vit_visual_analytics import mean_attention_distance as
 from regard.explain.heads.vit_visual_analytics import vit_page as vit_page
 from regard.explain.overview.overview import Overview as Overview
 from regard.explain.overview.overview import overview as overview
+from regard.explain.saliency.as_captum import as_captum as as_captum
 from regard.explain.saliency.cam import cam as cam
 from regard.explain.saliency.cam import gradcam as gradcam
 from regard.explain.saliency.lrp import Relevance as Relevance
@@ -179,6 +192,12 @@ from regard.mixers.tokens.titans import NeuralMemoryState as NeuralMemoryState
 from regard.mixers.tokens.titans import neural_memory as neural_memory
 from regard.mixers.tokens.trainable_pooling import LastLayerPool as LastLayerPool
 from regard.mixers.tokens.trainable_pooling import MultiLayerPool as MultiLayerPool
+from regard.models.generative.ppgn import CodeEncoder as CodeEncoder
+from regard.models.generative.ppgn import UpconvGenerator as UpconvGenerator
+from regard.models.generative.ppgn import UpconvSettings as UpconvSettings
+from regard.models.generative.ppgn import adversarial_losses as adversarial_losses
+from regard.models.generative.ppgn import feature_loss as feature_loss
+from regard.models.generative.ppgn import image_loss as image_loss
 from regard.models.sequence.based import Based as Based
 from regard.models.sequence.based import based_layers as based_layers
 from regard.models.sequence.block_transformer import BlockTransformer as BlockTransformer
@@ -216,6 +235,9 @@ from regard.models.vision.hyperzzw import Terminator as Terminator
 from regard.models.vision.hyperzzw import slow_neural_loss as slow_neural_loss
 from regard.models.vision.soft import SOFT as SOFT
 from regard.models.vision.soft import SOFTSettings as SOFTSettings
+from regard.models.vision.tasks.chm_corr import CHMNet as CHMNet
+from regard.models.vision.tasks.chm_corr import CHMSettings as CHMSettings
+from regard.models.vision.tasks.chm_corr import HoughConv as HoughConv
 from regard.models.vision.vit import ViT as ViT
 from regard.models.vision.vit import ViTSettings as ViTSettings
 from regard.ops.agent import agent_attention as agent_attention
@@ -306,6 +328,7 @@ from regard.steer.cache.attention_sinks import AttentionSinks as AttentionSinks
 from regard.steer.cache.core_context import CoreContextCache as CoreContextCache
 from regard.steer.cache.heavy_hitters import HeavyHitters as HeavyHitters
 from regard.steer.cache.key_norm import KeyNorm as KeyNorm
+from regard.steer.cache.landmark import Landmark as Landmark
 from regard.steer.cache.moa import MoA as MoA
 from regard.steer.cache.random_keys import RandomKeysKept as RandomKeysKept
 from regard.steer.cache.recency import Recency as Recency
@@ -336,4 +359,8 @@ from regard.steer.scores.circuit_reuse import SetAttention as SetAttention
 from regard.steer.scores.echoatt import ShareAttention as ShareAttention
 from regard.steer.scores.echoatt import share_attention_ as share_attention_
 from regard.steer.scores.hip import HiP as HiP
+from regard.steer.scores.seerattention import Seer as Seer
 from regard.steer.scores.selective_temperature import PositionTemperature as PositionTemperature
+from regard.train.distillation.echoatt import EchoLoss as EchoLoss
+from regard.train.distillation.seerattention import GateDistillation as GateDistillation
+from regard.train.distillation.sparsifiner import ConnectivityDistillation as ConnectivityDistillation

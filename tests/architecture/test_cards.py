@@ -85,5 +85,5 @@ def test_a_part_names_an_owner_that_exists(tmp_path):
 
 
 def test_every_kind_of_card_knows_its_kind():
-    kinds = ["decoding", "explanation", "intervention", "mixer", "model", "op", "parallel", "pool", "task"]
+    kinds = ["decoding", "explanation", "intervention", "mixer", "model", "op", "parallel", "pool", "task", "training"]
     assert sorted(card.kind for card in CARDS.values()) == kinds

@@ -1,4 +1,4 @@
-"""`regard needle`: ways are read from text, cells are scored and timed, a stopped run goes on, the page opens offline."""
+"""`regard needle` on notes: ways are read from text, cells scored and timed, a stopped run goes on, pages open offline."""
 
 import json
 
@@ -7,7 +7,8 @@ import torch
 
 import regard
 from regard import OptionError, SnapKV, UnknownName
-from regard.bench.needle.measure import Plan, measure, summary
+from regard.bench.needle.cases import Notes
+from regard.bench.needle.measure import Plan, Subject, measure, summary
 from regard.bench.needle.page import write_page
 from regard.bench.needle.ways import read_way
 from regard.bench.results import Results
@@ -42,21 +43,27 @@ def test_ways_that_cannot_be_read_are_refused(text, error, message):
 
 
 def test_snapkv_finds_what_it_was_asked_and_recency_does_not(tmp_path):
-    model = regard.tiny.lm()[0]
+    tiny = Subject("tiny-lm", regard.tiny.lm()[0], Notes(8))
     ways = [read_way(text) for text in ("full", "snapkv:budget=24,window=8,kernel=1", "recency:budget=24")]
     plan = Plan(lengths=(256,), depths=(0.2, 0.6), rows=8, asks=("again",))
     results = Results(tmp_path / "needle.jsonl")
-    measure(model, ways, plan, results, Silent())
-    full, snap, recent = summary(results.of("needle"))
+    lines = measure(tiny, ways, plan, results, Silent())
+    assert lines == results.of("needle")
+    full, snap, recent = summary(lines)
     assert full["accuracy"] >= 0.9 and snap["accuracy"] >= 0.9
     assert recent["accuracy"] <= 0.5
     # 3 layers, 2 key heads of 32, keys and values, float32; two more tokens were read
     assert snap["cache_bytes"] == 3 * 2 * 2 * 32 * 4 * (24 + 2)
     assert full["cache_bytes"] == 3 * 2 * 2 * 32 * 4 * (256 + 2)
     before = results.path.read_bytes()
-    measure(model, ways, plan, Results(results.path), Silent())
+    assert measure(tiny, ways, plan, Results(results.path), Silent()) == lines
     assert results.path.read_bytes() == before
-    write_page(results.lines, "tiny-lm", tmp_path / "needle.html")
+    # another model's results are not taken for these, and a part of the plan is found alone
+    again = Results(results.path)
+    other = measure(Subject("other", tiny.model, Notes(8)), ways[:1], plan, again, Silent())
+    assert len(again.lines) == len(lines) + 2 and {line["model"] for line in other} == {"other"}
+    assert measure(tiny, ways[:1], plan, again, Silent()) == lines[::3]
+    write_page(lines, "tiny-lm", tmp_path / "needle.html")
     page = (tmp_path / "needle.html").read_text()
     assert "recency:budget=24" in page and "http://" not in page.split("<script>")[0]
 
@@ -87,7 +94,7 @@ def test_what_the_command_cannot_do_is_one_line(arguments, message, capsys, tmp_
 
 @pytest.mark.slow
 def test_ways_of_giving_up_keys_on_tiny_lm(record, tmp_path):
-    model = regard.tiny.lm()[0]
+    tiny = Subject("tiny-lm", regard.tiny.lm()[0], Notes(8))
     texts = ["full"]
     for budget in (32, 77):
         texts += [
@@ -97,8 +104,8 @@ def test_ways_of_giving_up_keys_on_tiny_lm(record, tmp_path):
         ]  # fmt: skip
     results = Results(tmp_path / "needle.jsonl")
     plan = Plan(lengths=(512,), rows=24)
-    measure(model, [read_way(text) for text in texts], plan, results, Silent())
-    rows = {(row["way"], row["ask"]): row for row in summary(results.of("needle"))}
+    lines = measure(tiny, [read_way(text) for text in texts], plan, results, Silent())
+    rows = {(row["way"], row["ask"]): row for row in summary(lines)}
     for budget in (32, 77):
         snap = rows[f"snapkv:budget={budget},window=16,kernel=1", "again"]["accuracy"]
         assert snap >= 0.95 * rows["full", "again"]["accuracy"]

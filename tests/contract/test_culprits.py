@@ -22,6 +22,7 @@ STRUCTURE = {
     "intervention": ("is_a_frozen_value",),
     "decoding": ("decoding_is_a_frozen_value",),
     "explanation": ("explanation_is_described",),
+    "training": ("training_is_described",),
 }
 
 

@@ -7,10 +7,12 @@ import time
 import pytest
 import torch
 
+from regard.contract.dispatch import listen
 from regard.contract.errors import MissingExtra, OptionError, ShapeError, Unsupported
-from regard.engines import key_graph, native
+from regard.engines import key_graph, key_index, native
 from regard.engines.key_index import KINDS, Graph, KeyIndex
 from regard.engines.native import key_index as native_graph
+from tests.engines.hnswlib_walk import Walk, keys_scored
 
 OWN = ("flat", "ivf", "graph")
 here = pytest.mark.skipif(native_graph.missing() is not None, reason=f"no native index: {native_graph.missing()}")
@@ -259,24 +261,130 @@ def test_an_older_library_is_refused_with_a_reason(monkeypatch):
     assert "before it had an index" in str(native_graph.missing())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("faiss") is not None, reason="faiss is installed")
-@pytest.mark.parametrize("kind", ["faiss_hnsw", "faiss_ivf"])
-def test_without_faiss_its_kinds_are_refused(kind):
-    with pytest.raises(MissingExtra, match="pip install faiss-cpu"):
+LIBRARIES = {"faiss_hnsw": "faiss", "faiss_ivf": "faiss", "faiss_pq": "faiss", "hnswlib": "hnswlib"}
+theirs = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            kind,
+            marks=pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"{library} is not installed"),
+        )
+        for kind, library in LIBRARIES.items()
+    ],
+)
+
+
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_without_its_library_a_kind_is_refused_by_name(kind, monkeypatch):
+    monkeypatch.setattr(key_index, "installed", lambda module: False)
+    package = {"faiss": "faiss-cpu"}.get(LIBRARIES[kind], LIBRARIES[kind])
+    with pytest.raises(MissingExtra, match=f"kind='{kind}' needs '{LIBRARIES[kind]}'.*pip install {package}"):
         KeyIndex.build(whole(20, 8), kind=kind)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("faiss") is None, reason="faiss is not installed")
-@pytest.mark.parametrize("kind", ["faiss_hnsw", "faiss_ivf"])
-def test_faiss_is_another_index(kind):
+def far(kind):
+    """An effort with which 400 keys are all looked at."""
+    return 40 if kind == "faiss_ivf" else 400
+
+
+@theirs
+@pytest.mark.parametrize("d", [16, 7])
+def test_libraries_are_other_indexes(kind, d):
     assert kind in KINDS
-    keys, queries, _ = apart(400, 50, 0, 16)
-    index = KeyIndex.build(keys, kind=kind, lists=10)
-    ids, scanned = index.search(queries, 5, effort=400 if kind == "faiss_hnsw" else 10)
-    if kind == "faiss_ivf":
-        assert torch.equal(ids, (queries @ keys.T).topk(5).indices)
-    assert ids.shape == (50, 5) and (scanned > 0).all()
-    assert len(index.insert(keys[:7])) == 407
+    keys, queries, _ = apart(400, 50, 0, d)
+    index = KeyIndex.build(keys, kind=kind, lists=40)
+    ids, scanned = index.search(queries, 5, effort=far(kind))
+    best = (queries @ keys.T).topk(5).indices
+    assert recall(ids, keys, queries) >= 0.9
+    if kind in ("faiss_ivf", "faiss_pq"):
+        # all lists, and all codes: nothing can be missed
+        assert torch.equal(ids, best)
+    few, near = index.search(queries, 5, effort=5)
+    assert recall(few, keys, queries) < recall(ids, keys, queries)
+    if kind == "hnswlib":
+        assert (scanned == -1).all(), "it does not tell"
+    else:
+        assert (near > 0).all() and (near < scanned).all()
+    # what is found comes best first
+    scores = torch.einsum("nd,nkd->nk", queries, keys[few])
+    assert (scores.diff(dim=1) <= 1e-5).all()
+    assert index.nbytes >= 400 * d * 4 * (1.1 if kind == "faiss_pq" else 2)
+    everything, _ = index.search(queries, 400)
+    assert torch.equal(everything, (queries @ keys.T).sort(dim=1, descending=True).indices)
+    assert index.search(queries[:0], 5)[0].shape == (0, 5)
+
+
+@theirs
+def test_libraries_take_more_keys_and_the_index_before_stays(kind):
+    keys, queries, _ = apart(400, 60, 0, 16)
+    first = KeyIndex.build(keys[:300], kind=kind, lists=40)
+    before = first.search(queries, 20), first.nbytes
+    later = first.insert(keys[300:350]).insert(keys[350:])
+    other = first.insert(-keys[300:])
+    assert (len(first), len(later), len(other)) == (300, 400, 400)
+    assert all(map(torch.equal, first.search(queries, 20), before[0])) and first.nbytes == before[1]
+    assert later.nbytes > first.nbytes
+    found, _ = later.search(queries, 20, effort=far(kind))
+    assert recall(found, keys, queries) >= 0.9 and (found >= 300).any()
+    once = KeyIndex.build(keys, kind=kind, lists=40).search(queries, 20, effort=far(kind))[0]
+    assert abs(recall(found, keys, queries) - recall(once, keys, queries)) <= 0.05
+    # the other one has other keys under the same numbers
+    turned = torch.cat((keys[:300], -keys[300:]))
+    assert recall(other.search(queries, 20, effort=far(kind))[0], turned, queries) >= 0.9
+
+
+@pytest.mark.skipif(importlib.util.find_spec("hnswlib") is None, reason="hnswlib is not installed")
+@pytest.mark.parametrize("k, effort", [(10, 10), (10, 60), (40, 5)])
+def test_the_walk_that_counts_hnswlibs_keys_finds_what_it_finds(k, effort):
+    keys, _, asked = apart(3000, 50, 60, 16)
+    index = KeyIndex.build(keys[:2500], kind="hnswlib").insert(keys[2500:])
+    walk = Walk(index.own)
+    ids, _ = index.search(asked, k, effort=effort)
+    walked = [walk.search(query, k, effort) for query in asked.numpy()]
+    assert ids.tolist() == [found for found, _ in walked]
+    assert all(max(k, effort) < taken < 3000 for _, taken in walked)
+
+
+@theirs
+@pytest.mark.parametrize("keys", [1, 2, 9])
+def test_libraries_serve_few_keys_and_grow(kind, keys, capfd):
+    made, queries, _ = apart(60, 8, 0, 16)
+    index = KeyIndex.build(made[:keys], kind=kind)
+    assert torch.equal(index.search(queries, 20)[0], (queries @ made[:keys].T).sort(dim=1, descending=True).indices)
+    grown = index.insert(made[keys:])
+    found, _ = grown.search(queries, 5, effort=60)
+    assert recall(found, made, queries) == 1
+    assert capfd.readouterr() == ("", ""), "faiss warns of few points otherwise"
+    alike = KeyIndex.build(torch.ones(40, 16), kind=kind)
+    ids, _ = alike.search(queries, 5, effort=40)
+    assert all(len(set(row)) == 5 and min(row) >= 0 for row in ids.tolist())
+
+
+def test_where_links_lead_to_fewer_keys_hnswlib_fills_up():
+    pytest.importorskip("hnswlib", reason="hnswlib is not installed")
+    keys, _, asked = apart(2000, 50, 20, 64)
+    index = KeyIndex.build(keys, kind="hnswlib")
+    ids, _ = index.search(asked, 1999)
+    found = (ids >= 0).sum(1)
+    assert (found < 1999).any() and (found > 1800).all()
+    for row, count in zip(ids.tolist(), found.tolist(), strict=True):
+        assert row[count:] == [-1] * (1999 - count) and len(set(row[:count])) == count
+
+
+def test_the_choice_of_the_graphs_steps_is_heard():
+    keys, queries, _ = apart(60, 20, 0, 8)
+    with listen() as verdicts:
+        KeyIndex.build(keys, queries, "graph", degree=8)
+    assert {v.name for v in verdicts} == {"key_index:native", "key_index:torch"}
+    assert {v.name for v in verdicts if v.chosen} == {
+        "key_index:torch" if native_graph.missing() else "key_index:native"
+    }
+
+
+EFFORTS = {
+    "graph": (25, 50, 100, 200), "ivf": (4, 8, 16, 32, 64), "faiss_hnsw": (100, 200, 400, 800),
+    "faiss_ivf": (4, 8, 16, 32, 64), "faiss_pq": (100, 200, 400, 800), "hnswlib": (100, 200, 400, 800),
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -284,7 +392,11 @@ def test_faiss_is_another_index(kind):
 def test_an_index_of_100000_keys(record):
     keys, queries, asked = apart(100000, 8192)
     figures = {}
-    for kind, efforts in (("graph", (25, 50, 100, 200)), ("ivf", (4, 8, 16, 32, 64))):
+    for kind, efforts in EFFORTS.items():
+        if kind in LIBRARIES and importlib.util.find_spec(LIBRARIES[kind]) is None:
+            continue
+        if LIBRARIES.get(kind) == "faiss":
+            importlib.import_module("faiss").omp_set_num_threads(1)
         begin = time.process_time()
         index = KeyIndex.build(keys, queries, kind)
         figures[kind] = {"build_s": time.process_time() - begin, "bytes": index.nbytes, "curve": []}
@@ -296,12 +408,12 @@ def test_an_index_of_100000_keys(record):
                 index.search(asked, 100, effort=effort)
                 times.append((time.process_time() - begin) / len(asked))
             figures[kind]["curve"].append(
-                {"effort": effort, "recall": recall(ids, keys, asked), "scanned": scanned.float().mean().item() / 1e5,
-                 "us_a_query": statistics.median(times) * 1e6}
+                {"effort": effort, "recall": recall(ids, keys, asked),
+                 "scanned": keys_scored(index, asked, 100, effort, scanned) / 1e5, "us_a_query": statistics.median(times) * 1e6}
             )  # fmt: skip
-    begin = time.process_time()
-    KeyIndex.build(keys, queries, "graph").insert(keys[:512], queries[:512])
-    figures["insert_512_after_building_s"] = time.process_time() - begin
+        begin = time.process_time()
+        index.insert(keys[:512], queries[:512])
+        figures[kind]["insert_512_s"] = time.process_time() - begin
     flat = KeyIndex.build(keys)
     begin = time.process_time()
     flat.search(asked, 100)

@@ -7,6 +7,7 @@ import transformers as hf
 from torch import nn
 
 from regard import OptionError, ShapeError, Unsupported, cam, gradcam
+from regard.hosts.transformers.session import TransformersSession
 from tests.explain.digit_vit import digits, in_a_cell, trained
 
 
@@ -131,10 +132,13 @@ def test_maps_are_enlarged_and_scaled_when_asked(model, images):
     assert flat.amin(1).tolist() == [0, 0, 0] and flat.amax(1).max() == 1
 
 
-def test_grids_that_the_model_does_not_tell():
+def test_grids_that_the_model_does_not_tell(monkeypatch):
     model = classifier(image_size=(8, 24))
     images = torch.randn(2, 3, 8, 24)
-    assert gradcam(model, images, 1, grid=(2, 6)).shape == (2, 1, 2, 6)
+    told = gradcam(model, images, 1)
+    assert told.shape == (2, 1, 2, 6)
+    monkeypatch.setattr(TransformersSession, "facts", lambda self: {})
+    torch.testing.assert_close(gradcam(model, images, 1, grid=(2, 6)), told)
     with pytest.raises(OptionError, match=r"give grid=\(h, w\)"):
         gradcam(model, images, 1)
     with pytest.raises(ShapeError, match="13 tokens are not 2 and a grid of 2 x 6"):

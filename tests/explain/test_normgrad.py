@@ -172,6 +172,20 @@ def test_frozen_weights_change_nothing():
     assert torch.equal(normgrad(model, x, 1, layer="2"), wanted)
 
 
+def test_layers_by_number_are_read_under_frozen_weights_too():
+    model, x = make("vit"), torch.randn(2, 3, 16, 16)
+    wanted = normgrad(model, x, first_token, layer=0)
+    model.requires_grad_(False)
+    torch.testing.assert_close(normgrad(model, x, first_token, layer=0), wanted)
+    language = make("llama").requires_grad_(False)
+    with pytest.raises(Unsupported, match="no gradient reaches resid_post of layer 1"):
+        normgrad(language, torch.arange(12).view(1, 12), lambda out: out.logits[:, -1, 3], layer=1, grid=(3, 4))
+
+
+def first_token(output):
+    return output.last_hidden_state[:, 0, :3].sum(-1)
+
+
 def test_maps_move_with_the_image_by_the_stride():
     model = network(padding_mode="circular").double()
     x = torch.randn(2, 1, 12, 12, dtype=torch.float64)

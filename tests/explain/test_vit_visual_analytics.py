@@ -119,14 +119,15 @@ def test_the_tape_knows_the_grid_and_what_stands_before_it(reader):
     torch.testing.assert_close(found.values.sum(-1) + found.prefix, torch.ones(2, 4))
 
 
-def test_more_tokens_before_the_grid_are_told_by_hand():
+def test_more_tokens_before_the_grid_are_known_or_told_by_hand():
     config = hf.DeiTConfig(
         image_size=16, patch_size=4, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     )
     tape = record_of(hf.DeiTModel(config).eval(), {"pixel_values": torch.randn(1, 3, 16, 16)})
     with pytest.raises(ShapeError, match=r"18 tokens are not 1 and a grid of 4 x 4: .*distillation"):
-        hop_profile(tape)
-    found = hop_profile(tape, prefix_tokens=2)
+        hop_profile(tape, prefix_tokens=1)
+    found = hop_profile(tape)
+    assert torch.equal(hop_profile(tape, prefix_tokens=2).values, found.values)
     torch.testing.assert_close(found.values.sum(-1) + found.prefix, torch.ones(2, 4))
     # with a grid given, what is left over stands before it
     assert torch.equal(hop_profile(tape, grid=(4, 4)).values, found.values)
@@ -143,9 +144,10 @@ def test_images_that_are_not_square():
     )
     tape = record_of(hf.ViTModel(config).eval(), {"pixel_values": torch.randn(2, 3, 8, 24)})
     found = hop_profile(tape, grid=(2, 6), prefix_tokens=1)
-    assert found.values.shape == (1, 2, 6)
+    assert found.values.shape == (1, 2, 6) and torch.equal(hop_profile(tape).values, found.values)
     with pytest.raises(ShapeError, match="1 and a grid of 3 x 6"):
         hop_profile(tape, grid=(3, 6), prefix_tokens=1)
+    del tape.meta["grid"]
     with pytest.raises(OptionError, match=r"give grid=\(h, w\)"):
         hop_profile(tape)
 

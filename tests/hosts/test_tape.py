@@ -5,8 +5,10 @@ import torch
 import transformers as hf
 
 from regard import Edit, OptionError, Unsupported, lens, patch, record, recording
+from regard.hosts.contributions import head_outputs
 from regard.hosts.transformers.anatomy import anatomy
 from regard.hosts.transformers.specimens import DECODERS, make, prompt
+from tests.hosts.test_session import given as full_inputs
 
 STREAMS = ("embed", "resid_pre", "attn_out", "mlp_out", "resid_post", "final")
 CALLS = ("q", "k", "v", "scores", "weights", "z")
@@ -28,6 +30,19 @@ def kwargs_of(name, padded=0):
     return inputs
 
 
+def met(name, model, layer, inputs, weights):
+    """Who may meet whom, by the definition of each family: bool, of the shape of the weights."""
+    n, m = weights.shape[2:]
+    i, j = torch.arange(n)[:, None], torch.arange(m)
+    allowed = torch.ones(n, m, dtype=torch.bool) if name in ("bert", "vit") else j <= i
+    if (getattr(model.config, "layer_types", None) or [""] * 9)[layer] == "sliding_attention":
+        allowed = allowed & (i - j < model.config.sliding_window)
+    allowed = allowed.expand(weights.shape).clone()
+    if name not in ("vit", "t5"):
+        allowed &= inputs["attention_mask"].bool()[:, None, None]
+    return allowed
+
+
 @pytest.mark.parametrize("name", [*DECODERS, "bert", "vit", "t5"])
 @pytest.mark.parametrize("padded", [0, 3])
 def test_recording_changes_no_bit_and_the_parts_fit(models, name, padded):
@@ -42,9 +57,10 @@ def test_recording_changes_no_bit_and_the_parts_fit(models, name, padded):
     main = anatomy(model).main
     for layer in range(len(main.layers)):
         weights, v, z = tape["weights", layer], tape["v", layer], tape["z", layer]
-        sums = weights.sum(-1)
-        seen = sums.round()
-        torch.testing.assert_close(sums, seen, rtol=0, atol=1e-5)
+        allowed = met(name, model, layer, inputs, weights)
+        # all is given to those who may be seen; a pad that sees nobody gives nothing
+        assert (weights[~allowed] == 0).all()
+        torch.testing.assert_close(weights.sum(-1), allowed.any(-1).float(), rtol=0, atol=1e-5)
         v = v.repeat_interleave(weights.shape[1] // v.shape[1], 1)
         torch.testing.assert_close((weights @ v).transpose(1, 2)[1], z[1], rtol=1e-4, atol=1e-5)
         out = main.layers[layer].out
@@ -63,6 +79,42 @@ def test_the_stream_is_the_sum_of_what_joined_it(models, name):
         torch.testing.assert_close(total, tape["resid_mid", layer], rtol=1e-5, atol=1e-5)
         total = total + tape["mlp_out", layer]
     torch.testing.assert_close(total, tape["resid_post", -1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "vit"])
+def test_heads_and_layers_sum_to_the_stream_before_the_final_norm(models, name):
+    # experts are multiplied in single precision alone; a norm after the heads is told apart by probing
+    near = 1e-5 if name in ("mixtral", "qwen3_moe", "deepseek") else 1e-6 if name == "gemma3" else 1e-8
+    dtype = torch.float32 if near == 1e-5 else torch.float64
+    model, inputs = make(name).to(dtype), kwargs_of(name)
+    inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
+    tape = record(model, inputs, sites=("embed", "z", "attn_out", "mlp_out", "resid_post"))
+    total = tape["embed"]
+    for layer in range(tape.meta["layers"]):
+        parts = head_outputs(model, tape, layer)
+        total = total + parts.heads.sum(2) + parts.rest + tape["mlp_out", layer]
+    torch.testing.assert_close(total, tape["resid_post", -1], rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen_vl"])
+def test_recording_changes_no_bit_of_a_model_that_sees(models, name):
+    model, inputs = models(name), full_inputs(name)
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+    tape = record(
+        model,
+        inputs,
+        sites=(*STREAMS, *CALLS),
+        modules=("model.visual" if name == "qwen_vl" else "model.vision_tower",),
+    )
+    assert torch.equal(tape.output[0], plain)
+    assert torch.equal(tape.meta["ids"], inputs["input_ids"])
+    assert torch.equal(tape.meta["image_tokens"], inputs["input_ids"] == 59) and tape.meta["image_tokens"].any()
+    for layer in range(tape.meta["layers"]):
+        weights, v, z = tape["weights", layer], tape["v", layer], tape["z", layer]
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), rtol=0, atol=1e-5)
+        v = v.repeat_interleave(weights.shape[1] // v.shape[1], 1)
+        torch.testing.assert_close((weights @ v).transpose(1, 2), z, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -134,6 +186,204 @@ def test_gradients_of_weights_are_those_of_eager_attention(models):
     finally:
         model.set_attn_implementation("sdpa")
         model.zero_grad()
+
+
+PATCHED = (
+    "embed",
+    "resid_pre",
+    "q",
+    "k",
+    "v",
+    "scores",
+    "weights",
+    "z",
+    "attn_out",
+    "resid_mid",
+    "mlp_out",
+    "resid_post",
+)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "bert", "vit", "t5"])
+def test_in_every_family_a_patch_with_its_own_values_is_nothing(models, name):
+    model, inputs = models(name), kwargs_of(name)
+    lacking = {"resid_mid"} if name in ("bert", "t5") else set()
+    sites = [site for site in PATCHED if site not in lacking]
+    tape = record(model, inputs, sites=sites)
+    size = float(tape.output[0].abs().max())
+    for site in sites:
+        with torch.no_grad(), patch(model, [Edit(site, layer, from_tape=tape) for layer in tape.layers(site)]):
+            same = model(**inputs)[0]
+        torch.testing.assert_close(
+            same, tape.output[0], rtol=1e-4, atol=1e-5 * size, msg=lambda text, site=site: f"{site}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "bert", "vit"])
+def test_in_every_family_the_first_layer_of_another_run_is_that_run(models, name):
+    model, inputs, other = models(name), kwargs_of(name), kwargs_of(name)
+    if name == "vit":
+        other = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    else:
+        other = prompt(length=10, seed=5)
+    sites = [site for site in PATCHED if not (site == "resid_mid" and name == "bert")]
+    corrupt, clean = (record(model, x, sites=sites) for x in (other, inputs))
+    with torch.no_grad(), patch(model, [Edit(site, 0, from_tape=corrupt) for site in sites]):
+        out = model(**inputs)[0]
+    torch.testing.assert_close(out, corrupt.output[0], rtol=1e-4, atol=1e-5)
+    assert (out - clean.output[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", [*DECODERS, "bert", "vit", "t5", "llava", "qwen_vl"])
+def test_in_every_family_nothing_is_left_after_a_recording_and_after_an_error_in_it(name):
+    model, inputs = make(name), full_inputs(name)
+    with torch.no_grad():
+        # some families hook their own parts at the first run
+        model(**inputs)
+    modules = dict(model.named_modules())
+    before = {n: (sorted(vars(m)), list(m._forward_hooks), list(m._forward_pre_hooks)) for n, m in modules.items()}
+    configs = {n: m.config._attn_implementation for n, m in modules.items() if hasattr(m, "config")}
+    last = anatomy(model).main.layers[-1].module
+
+    def fail(module, args, output):
+        raise ValueError("in the middle")
+
+    record(model, inputs, sites=("weights", "resid_post"), modules=("",))
+    hook = last.register_forward_hook(fail)
+    with pytest.raises(ValueError, match="in the middle"):
+        record(model, inputs, sites=("weights", "resid_post"), grads=True)
+    hook.remove()
+    with pytest.raises(Unsupported, match="more than"):
+        record(model, inputs, limit_bytes=10)
+    after = {n: (sorted(vars(m)), list(m._forward_hooks), list(m._forward_pre_hooks)) for n, m in modules.items()}
+    assert after == before
+    assert configs == {n: m.config._attn_implementation for n, m in modules.items() if hasattr(m, "config")}
+
+
+def test_modules_are_reached_by_their_names(models):
+    model, inputs = models("llama"), prompt(length=9)
+    names = ("model.layers.1.mlp.gate_proj", "model.layers.1.self_attn", "model", "model.layers.2")
+    with torch.no_grad():
+        plain = model(**inputs)
+    tape = record(model, inputs, sites=("resid_post", "attn_out", "final"), modules=names)
+    assert torch.equal(tape.output.logits, plain.logits)
+    assert tape.module(names[0]).shape == (2, 9, 48)
+    # of several values the first: attention gives its output and weights, the stack its last stream
+    assert torch.equal(tape.module(names[1]), tape["attn_out", 1])
+    assert torch.equal(tape.module("model"), tape["final"])
+    assert torch.equal(tape.module("model.layers.2"), tape["resid_post", 2])
+    assert torch.equal(tape["model.layers.2"], tape["resid_post", 2])
+    # those whose output is a site need no naming
+    assert torch.equal(tape.module("model.layers.0"), tape["resid_post", 0])
+    assert torch.equal(tape.module("model.layers.0.self_attn.o_proj"), tape["attn_out", 0])
+    assert torch.equal(tape.module("model.norm"), tape["final"])
+    with pytest.raises(OptionError, match=r"record with modules=\('model.layers.0.mlp',\), or sites=\('mlp_out',\)"):
+        tape.module("model.layers.0.mlp")
+    with pytest.raises(OptionError, match=r"no module 'model.layer.0' \(did you mean 'model.layers.0'"):
+        record(model, inputs, modules=("model.layer.0",))
+
+
+def test_modules_are_counted_by_their_calls_and_hold_what_the_model_used(models):
+    model, inputs = models("llama"), prompt(length=9)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    name = "model.layers.1"
+    with recording(model, sites=("resid_post",), modules=(name, "lm_head")) as tape:
+        model.generate(**inputs, **options)
+    assert tape.steps() == 4
+    for step in range(4):
+        assert torch.equal(tape.module(name, step=step), tape["resid_post", 1, step])
+    with recording(model, sites=(), modules=(name,), steps=False) as first:
+        model.generate(**inputs, **options)
+    assert torch.equal(first.module(name), tape.module(name))
+    with pytest.raises(OptionError, match="step 1, is on the tape"):
+        first.module(name, step=1)
+    # a patch laid later is in what is recorded
+    with recording(model, sites=(), modules=(name,)) as tape, patch(model, [Edit("resid_post", 1, value=0.5)]):
+        model(**inputs)
+    assert (tape.module(name) == 0.5).all()
+
+
+def test_gradients_of_modules(models):
+    model, inputs = models("llama"), prompt(length=9)
+    tape = record(
+        model, inputs, sites=("mlp_out",), modules=("model.layers.1.mlp", "model.layers.0.self_attn"), grads=True
+    )
+    tape.backward(lambda output: output.logits[0, -1, 7])
+    assert torch.equal(tape.grad("model.layers.1.mlp", 0), tape.grad("mlp_out", 1))
+    assert tape.grad("model.layers.0.self_attn", 0).abs().max() > 0
+    model.zero_grad()
+
+
+def test_what_gives_no_tensor_is_refused(models):
+    model = models("llama")
+
+    class Odd(torch.nn.Identity):
+        def forward(self, x):
+            return "text"
+
+    model.odd = Odd()
+    try:
+        with recording(model, modules=("odd",)), pytest.raises(Unsupported, match="the module 'odd' gives a str"):
+            model.odd(1)
+    finally:
+        del model.odd
+
+
+def test_names_of_another_tool_lead_to_the_same_places_and_back(models):
+    model, inputs = models("llama"), prompt(length=9)
+    tape = record(model, inputs, sites=(*STREAMS, *CALLS, "resid_mid", "mlp_hidden"))
+    for (kind, layer, _), value in tape.items():
+        name = tape.name(kind, layer)
+        assert tape.place(name) == (kind, layer)
+        assert torch.equal(tape[name], value)
+    assert torch.equal(tape["pattern", 2], tape["weights", 2])
+    assert torch.equal(tape["attn_scores", -1], tape["scores", 2])
+    with pytest.raises(
+        OptionError, match=r"no kind is called 'blocks.1.attn.hook_patern' \(did you mean 'blocks.1.attn.hook_pattern'"
+    ):
+        tape["blocks.1.attn.hook_patern"]
+    with pytest.raises(OptionError, match="'weights' stands in every layer"):
+        tape["weights"]
+
+
+def test_logits_are_on_the_tape_of_a_run(models):
+    model, inputs = models("llama"), prompt(length=9)
+    for sites in (("weights",), ("logits",)):
+        tape = record(model, inputs, sites=sites)
+        assert torch.equal(tape["logits"], tape.output.logits)
+    with recording(model) as tape:
+        model(**inputs)
+    with pytest.raises(OptionError, match="nothing of 'logits'"):
+        tape["logits"]
+
+
+def test_values_are_kept_where_and_as_one_wants_them(models):
+    model, inputs = models("mixtral"), prompt(length=9)
+    tape = record(model, inputs, sites=("weights", "resid_post", "router"), device="cpu", dtype=torch.bfloat16)
+    whole = record(model, inputs, sites=("weights", "resid_post", "router"))
+    assert torch.equal(tape["weights", 1], whole["weights", 1].bfloat16())
+    assert tape["resid_post", 0].dtype == torch.bfloat16
+    logits, _, experts = tape["router", 0]
+    assert logits.dtype == torch.bfloat16 and torch.equal(experts, whole["router", 0][2])
+    assert record(model, inputs, device="meta")["weights", 0].device.type == "meta"
+    held = sum(x.nbytes for _, x in record(model, inputs, dtype=torch.bfloat16).items())
+    record(model, inputs, dtype=torch.bfloat16, limit_bytes=held + 2 * 2 * 4 * 9 * 9)
+    with pytest.raises(OptionError, match="leave device= and dtype= out"):
+        record(model, inputs, grads=True, dtype=torch.bfloat16)
+
+
+def test_weights_are_reduced_by_a_function(models):
+    model, inputs = models("llama"), prompt(length=9)
+
+    def furthest(weights):
+        return weights.argmax(-1)
+
+    whole = record(model, inputs)
+    tape = record(model, inputs, reduce=furthest, heads=(0, 2))
+    assert torch.equal(tape["weights", 1], whole["weights", 1][:, [0, 2]].argmax(-1))
+    both = record(model, inputs, reduce=(furthest, "entropy"))
+    assert torch.equal(both["weights:furthest", 1], whole["weights", 1].argmax(-1))
+    assert both["weights:entropy", 1].shape == (2, 4, 9)
 
 
 @pytest.mark.parametrize(

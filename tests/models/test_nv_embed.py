@@ -333,3 +333,47 @@ def test_latent_and_mean_pooling_on_local_texts(record):
     assert frozen["latent"]["mrr"] > frozen["mean"]["mrr"] and frozen["p"] < 0.01
     # where the model learns too, both find answers
     assert min(whole["latent"]["mrr"], whole["mean"]["mrr"]) > 0.15
+
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("pool", ["latent", "multilayer"])
+def test_a_model_with_adapters_is_trained_through_them_and_the_pool_alone(pool):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    # the papers' adapters
+    config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules=SEVEN)
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(make("llama"), config)
+    model = TextEmbedder(adapted, word_tokenizer(), pool)
+    texts, instruction = ["w1 w2 w3", "w4 w5 w6 w7", "w8 w9"], "w40 w41"
+    model.eval()
+    bare = TextEmbedder(make("llama"), word_tokenizer(), model.pool).eval()
+    assert torch.equal(model.encode(texts, instruction), bare.encode(texts, instruction)), "new adapters add nothing"
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.train()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(learning, lr=1e-2)
+    for _ in range(2):
+        tokens = [model.tokens(texts, asked) for asked in (instruction, None)]
+        queries, documents = (model(x.ids, padding=x.padding, pooled=x.pooled) for x in tokens)
+        optimiser.zero_grad()
+        retrieval_nce(queries, documents, temperature=0.05).backward()
+        optimiser.step()
+    adapters = {name for name in before if "lora_" in name}
+    assert len(adapters) == 2 * len(SEVEN) * 3
+    for name, parameter in model.named_parameters():
+        learns = name in adapters or name.startswith("pool.")
+        assert learns == parameter.requires_grad == (parameter.grad is not None), name
+        assert torch.equal(parameter, before[name]) != learns, name
+    model.eval()
+    assert (model.encode(texts) - bare.encode(texts)).abs().max() > 1e-3
+    with adapted.disable_adapter():
+        assert torch.equal(model.encode(texts), bare.encode(texts))
+
+
+def test_prompts_that_an_adapter_learns_are_refused():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(Unsupported, match="without the prompts that this adapter learns"):
+        TextEmbedder(peft.get_peft_model(make("llama"), config), word_tokenizer())

@@ -375,3 +375,13 @@ def test_calibration_does_not_help_tiny_lm(request):
         assert max(search.gains.values()) < 0.02
         assert chosen - plain < 0.02
     write({**figures, "cpu_s": round(time.process_time() - start, 1)})
+
+
+def test_layers_are_counted_from_the_last_too():
+    model = make("llama")
+    given = prompt(length=24)
+    logits = []
+    for heads in ({-1: [1, 2]}, {2: [1, 2]}):
+        with steer(model, AttentionCalibration(heads=heads, alpha=1.1)):
+            logits.append(model(**given).logits)
+    assert torch.equal(*logits) and not torch.equal(logits[0], model(**given).logits)

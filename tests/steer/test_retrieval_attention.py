@@ -11,9 +11,11 @@ from regard import AttentionSinks, OptionError, RetrievalAttention, SnapKV, Unsu
 from regard.contract.card import InterventionCard
 from regard.engines.key_index import KeyIndex
 from regard.hosts.transformers.specimens import SIZES, make, prompt
+from tests.engines.hnswlib_walk import keys_scored
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "gpt2", "deepseek")
 KINDS = ("flat", "ivf", "graph")
+LIBRARIES = {"faiss_hnsw": "faiss", "faiss_ivf": "faiss", "faiss_pq": "faiss", "hnswlib": "hnswlib"}
 
 
 def generate(model, inputs, tokens=6, **options):
@@ -100,12 +102,14 @@ def test_new_keys_wait_in_the_static_part_and_then_enter_the_index(bound):
     torch.testing.assert_close(logits(ours), logits(wanted), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *LIBRARIES])
 def test_keys_that_enter_later_are_found_as_those_that_were_there(kind):
+    if kind in LIBRARIES:
+        pytest.importorskip(LIBRARIES[kind], reason=f"{LIBRARIES[kind]} is not installed")
     model, inputs = make("llama"), prompt(length=40)
     sizes = {"top_k": 4, "sinks": 2, "window": 4, "bound": 4}
     # so much effort that the index gives the very best, if they are in it
-    effort = {"graph": 100, "ivf": 7}.get(kind)
+    effort = {"flat": None, "ivf": 7, "faiss_ivf": 7}.get(kind, 100)
     with steer(model, RetrievalAttention(index=kind, effort=effort, **sizes)):
         ours = generate(model, inputs, 16)
     with steer(model, Only(**sizes)):
@@ -377,7 +381,8 @@ def masses(model, ids, read, kind, settings, efforts, sinks=4, window=32, last=1
                 for effort in efforts:
                     found, scanned = index.search(asked, read, effort=effort)
                     got = static + (others.gather(1, found.clamp(min=0)) * (found >= 0)).sum(1)
-                    rows[effort].append((got.mean(), best.mean(), scanned.float().mean() / len(keys)))
+                    scored = torch.tensor(keys_scored(index, asked, read, effort, scanned))
+                    rows[effort].append((got.mean(), best.mean(), scored / len(keys)))
     means = {effort: torch.tensor(x).mean(0).tolist() for effort, x in rows.items()}
     return [
         {"effort": effort, "mass": got, "of_brute_force": got / best, "scanned": scanned}
@@ -404,6 +409,9 @@ def test_attention_mass_read_for_keys_scanned(record):
     if importlib.util.find_spec("faiss") is not None:
         kinds["faiss_hnsw"] = {"degree": 16}, (4, 8, 16, 32, 64)
         kinds["faiss_ivf"] = {}, (1, 2, 3, 4, 6, 8, 12, 16)
+        kinds["faiss_pq"] = {}, (20, 50, 100, 200)
+    if importlib.util.find_spec("hnswlib") is not None:
+        kinds["hnswlib"] = {"degree": 16}, (20, 32, 50, 64, 128)
     figures = {}
     for read in (20, 50):
         figures[read] = {kind: masses(model, ids, read, kind, *how) for kind, how in kinds.items()}

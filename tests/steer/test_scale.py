@@ -134,9 +134,15 @@ def test_a_cross_attention_keeps_its_heads():
         (lambda: ScaleComponents({("mlp", 0, 1): 1.0}), "is no part"),
         (lambda: steer(make("llama"), AblateHeads(heads=[(3, 0)])).__enter__(), "3 layers of 4 heads"),
         (lambda: steer(make("llama"), AblateHeads(heads=[(0, 4)])).__enter__(), "3 layers of 4 heads"),
-        (lambda: steer(make("llama"), ScaleComponents({("mlp", -4): 0.0})).__enter__(), "mlp -4: 3 layers"),
+        (lambda: steer(make("llama"), ScaleComponents({("mlp", -4): 0.0})).__enter__(), "layer -4: there are 3 layers"),
     ],
 )
 def test_what_cannot_be_is_refused(make_it, message):
     with pytest.raises(OptionError, match=message):
         make_it()
+
+
+def test_the_card_names_the_sites_of_each_intervention():
+    assert ScaleComponents.card.sites == ("z", "attn_out", "mlp_out")
+    assert AblateHeads.card.sites == ("z",)
+    assert AblateHeads(heads=[(0, 1)], mode="mask_query").card.sites == ("q",)

@@ -13,7 +13,7 @@ from regard import OptionError, ShapeError, share_attention_
 from regard.bench.proving.notes import source
 from regard.hosts.transformers.specimens import make, prompt
 from regard.train.distillation.echoatt import EchoLoss
-from regard.train.distillation.matching import FeatureMSE, HardTargets, Pair, SoftTargets, Tap, match
+from regard.train.distillation.matching import FeatureMSE, HardTargets, Pair, SoftTargets, Tap, evaluating, match
 from tests.oracles import normal
 
 REAL = torch.tensor([[False, True, True], [True, True, True]])
@@ -76,6 +76,17 @@ def test_an_objective_leaves_both_models_as_they_are():
     assert all(p.grad is not None for p in student.parameters())
     assert all(torch.equal(x, before[name]) for name, x in student.state_dict().items())
     assert not student._forward_hooks and not teacher._forward_hooks
+
+
+def test_each_part_of_the_teacher_keeps_its_mode():
+    teacher = make("llama").train()
+    teacher.model.layers[1].eval()
+    modes = [module.training for module in teacher.modules()]
+    EchoLoss(teacher)(make("llama", seed=1), prompt(length=8))
+    assert [module.training for module in teacher.modules()] == modes
+    with evaluating(teacher):
+        assert not any(module.training for module in teacher.modules())
+    assert [module.training for module in teacher.modules()] == modes
 
 
 def test_a_student_like_its_teacher_loses_nothing_but_its_teachers_doubt():

@@ -96,7 +96,7 @@ class Report:
 
 
 def verifies(kind: str, when: Callable[[Any], bool] = lambda card: True) -> Callable[[Run], Check]:
-    """Make a function a check of a kind of card ("op", "mixer", "model", "task"). when: the claim that switches it on."""
+    """Make a function a check of a kind of card ("op", "mixer", "training", …). when: the claim that switches it on."""
 
     def make(run: Run) -> Check:
         return Check(run.__name__, kind, (run.__doc__ or "").strip(), when, run)
@@ -186,12 +186,17 @@ def demand_near(actual: Tensor, expected: Tensor, tolerance: float, what: str) -
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest magnitude of the expected tensor; NaN counts as infinite."""
+    """The largest difference over the largest finite magnitude of the expected tensor; NaN counts as infinite.
+
+    Logits of -inf, what may not be written, are as far as any number from another, and equal to themselves.
+    """
     if not expected.numel():
         return 0.0
     actual, expected = actual.detach().double(), expected.detach().double()
-    size = expected.abs().max().clamp(min=1e-30)
-    return float(((actual - expected).abs().max() / size).nan_to_num(nan=float("inf")))
+    hidden = expected == float("-inf")
+    size = expected.masked_fill(hidden, 0.0).abs().max().clamp(min=1e-30)
+    error = (actual - expected).masked_fill(hidden & (actual == expected), 0.0).abs().max()
+    return float((error / size).nan_to_num(nan=float("inf")))
 
 
 def demand_refused(kinds: Kinds, what: str, function: Callable[..., Any], /, *args: Any, **options: Any) -> str:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from regard.checks.battery import Subject, demand, demand_near, demand_refused, verifies
 from regard.checks.tolerances import CHANGE, SAME
+from regard.checks.untouched import changed, state
+from regard.checks.watching import Place, differences, place, run, watch
 from regard.contract.attach import steer
 from regard.contract.errors import Unsupported
 from regard.contract.optional import need
@@ -32,10 +34,13 @@ def model_for(subject: Subject) -> Any:
     return specimen("mixtral" if "router" in subject.card.sites else "llama")
 
 
-def inputs(padded: int = 0) -> dict[str, Tensor]:
-    """A prompt of two rows, the first with pads on the left."""
+def inputs(subject: Subject, padded: int = 0) -> dict[str, Tensor]:
+    """A prompt of two rows, the first with pads on the left; that of the card, if it has one."""
     from regard.hosts.transformers.specimens import prompt
 
+    if subject.card.prompt:
+        ids = torch.tensor(subject.card.prompt)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return prompt(length=PROMPT, padded=padded)
 
 
@@ -62,9 +67,9 @@ def is_a_frozen_value(subject: Subject) -> None:
 def changes_something(subject: Subject) -> None:
     """With the card's options a model writes with other logits than without."""
     model = model_for(subject)
-    plain = write(model, inputs())
+    plain = write(model, inputs(subject))
     with steer(model, make(subject)):
-        steered = write(model, inputs())
+        steered = write(model, inputs(subject))
     demand((plain - steered).abs().max() > CHANGE, "the logits are those of the plain model")
 
 
@@ -73,9 +78,9 @@ def off_is_the_plain_model(subject: Subject) -> None:
     """With the settings that the card calls off, logits are those of the plain model to the last bit."""
     model = model_for(subject)
     for padded in (0, 5):
-        plain = write(model, inputs(padded))
+        plain = write(model, inputs(subject, padded))
         with steer(model, make(subject, **subject.card.off)):
-            steered = write(model, inputs(padded))
+            steered = write(model, inputs(subject, padded))
         demand(torch.equal(plain, steered), f"logits differ by {(plain - steered).abs().max():.1e} (pads: {padded})")
 
 
@@ -83,42 +88,45 @@ def off_is_the_plain_model(subject: Subject) -> None:
 def exit_restores(subject: Subject) -> None:
     """After the block, also one left by an error, nothing is left: outputs, weights, hooks, attributes, settings."""
     model = model_for(subject)
-    before, plain = _state(model), write(model, inputs())
+    before, plain = state(model), write(model, inputs(subject))
     with steer(model, make(subject)):
-        write(model, inputs())
-    _demand_untouched(model, before, plain)
+        write(model, inputs(subject))
+    _demand_untouched(subject, model, before, plain)
     try:
         with steer(model, make(subject)):
-            write(model, inputs())
+            write(model, inputs(subject))
             raise _Stop
     except _Stop:
         pass
-    _demand_untouched(model, before, plain)
+    _demand_untouched(subject, model, before, plain)
 
 
 @verifies("intervention")
 def nests_with_a_recording(subject: Subject) -> None:
-    """A recording inside the block or around it changes nothing of what is steered."""
+    """A recording inside the block or around it changes nothing of what is steered, and sees every layer in every pass."""
     from regard.hosts.tape import recording
 
     model = model_for(subject)
     with steer(model, make(subject)):
-        alone = write(model, inputs())
-        with recording(model, sites=("resid_post", "z")):
-            demand_near(write(model, inputs()), alone, SAME[torch.float32], "with a recording inside")
-        demand_near(write(model, inputs()), alone, SAME[torch.float32], "after a recording inside")
+        alone = write(model, inputs(subject))
+        with recording(model, sites=("resid_post", "z")) as tape:
+            demand_near(write(model, inputs(subject)), alone, SAME[torch.float32], "with a recording inside")
+        for step in range(tape.steps()):
+            unseen = set(tape.layers("resid_post", step)) - set(tape.layers("z", step))
+            demand(not unseen, f"a recording sees nothing of attention in layers {sorted(unseen)} at step {step}")
+        demand_near(write(model, inputs(subject)), alone, SAME[torch.float32], "after a recording inside")
     with recording(model, sites=("resid_post", "z")), steer(model, make(subject)):
-        demand_near(write(model, inputs()), alone, SAME[torch.float32], "with a recording around")
+        demand_near(write(model, inputs(subject)), alone, SAME[torch.float32], "with a recording around")
 
 
 @verifies("intervention")
 def a_second_model_is_untouched(subject: Subject) -> None:
     """Another model of the same class in the same process writes as before, inside the block too."""
     model, other = model_for(subject), model_for(subject)
-    plain = write(other, inputs())
+    plain = write(other, inputs(subject))
     with steer(model, make(subject)):
-        write(model, inputs())
-        demand(torch.equal(write(other, inputs()), plain), "the other model's logits changed")
+        write(model, inputs(subject))
+        demand(torch.equal(write(other, inputs(subject)), plain), "the other model's logits changed")
 
 
 @verifies("intervention")
@@ -156,40 +164,67 @@ def owners_refuse_each_other(subject: Subject) -> None:
 @verifies("intervention", lambda card: card.padding)
 def rows_do_not_meet(subject: Subject) -> None:
     """A row of a batch, with pads on its left, is written as if it were alone and without pads."""
-    model, both = model_for(subject), inputs(5)
+    model, both = model_for(subject), inputs(subject, 5)
     with steer(model, make(subject)):
         together = write(model, both)[:, :1]
         alone = write(model, {name: x[:1, 5:] for name, x in both.items()})
     demand_near(together, alone, SAME[torch.float32], "the row with pads")
 
 
+@verifies("intervention")
+def changes_its_sites_alone(subject: Subject) -> None:
+    """What its methods change, in a prompt and in steps after it, stands at sites that its card names."""
+    given = make(subject)
+    watched, _ = watch(model_for(subject), given, inputs(subject))
+    named = set(given.card.sites)
+    strange = sorted({at.site for at, one_of in watched.written.items() if not named & set(one_of)})
+    demand(not strange, f"it changes {', '.join(strange)}, and its card names {', '.join(given.card.sites)}")
+
+
+@verifies("intervention")
+def reaches_its_sites(subject: Subject) -> None:
+    """Each site that the card names is one that a method changes or gets to read, or settings of the model are changed."""
+    given = make(subject)
+    watched, _ = watch(model_for(subject), given, inputs(subject))
+    reached = watched.met.union(*watched.written.values())
+    missing = [site for site in given.card.sites if site not in reached]
+    demand(watched.settings or not missing, f"the card names {', '.join(missing)}, which no method of it reaches")
+
+
+@verifies("intervention")
+def nothing_differs_before_it_acts(subject: Subject) -> None:
+    """In a prompt and in steps after it nothing differs by a bit before the first place at which it acts."""
+    model, given = model_for(subject), make(subject)
+    plain = run(model, inputs(subject))
+    watched, tape = watch(model, given, inputs(subject))
+    first = watched.first(given.card.sites)
+    found = differences(plain, tape, first)
+    demand(not found, f"{_where(found[0])} differs; it acts at {_where(first)} first" if found else "")
+
+
+@verifies("intervention", lambda card: bool(card.spares))
+def spares_the_first_layer(subject: Subject) -> None:
+    """With the settings that the card says spare it, layer 0 is as it was to the bit, and something after it is not."""
+    model = model_for(subject)
+    plain = run(model, inputs(subject))
+    with steer(model, make(subject, **subject.card.spares)):
+        tape = run(model, inputs(subject))
+    found = differences(plain, tape, place(1 << 30, 1 << 30, "logits"))
+    early = [at for at in found if at.layer == 0]
+    demand(not early, f"{_where(early[0])} differs" if early else "")
+    demand(found, "nothing differs in any layer")
+
+
 class _Stop(Exception):
     pass
 
 
-def _state(model: Any) -> dict[str, Any]:
-    """What an intervention could leave behind: hooks, attributes, settings, weights."""
-    found: dict[str, Any] = {"config": {k: repr(v) for k, v in vars(model.config).items()}}
-    for name, module in model.named_modules():
-        found[name] = {
-            "attributes": sorted(vars(module)),
-            "hooks": [len(h) for h in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)],
-            "forward": module.forward.__func__,
-        }
-    found["weights"] = {name: x.detach().clone() for name, x in model.state_dict().items()}
-    return found
+def _demand_untouched(subject: Subject, model: Any, before: dict[str, Any], plain: Tensor) -> None:
+    left = changed(before, state(model))
+    demand(not left, f"not as before: {', '.join(left[:3])}")
+    demand(torch.equal(write(model, inputs(subject)), plain), "logits after the block are not those before it")
 
 
-def _demand_untouched(model: Any, before: dict[str, Any], plain: Tensor) -> None:
-    after = _state(model)
-    weights, kept = before["weights"], after["weights"]
-    changed = [name for name in weights if not torch.equal(weights[name], kept[name])]
-    demand(not changed, f"weights changed: {changed[:3]}")
-    for name, was in before.items():
-        if name != "weights":
-            demand(after[name] == was, f"{name or 'the model'} is not as before: {_difference(was, after[name])}")
-    demand(torch.equal(write(model, inputs()), plain), "logits after the block are not those before it")
-
-
-def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
-    return "; ".join(f"{key} was {was.get(key)}, is {now.get(key)}" for key in now if was.get(key) != now[key])
+def _where(at: Place) -> str:
+    layer = f" of layer {at.layer}" if at.site not in ("final", "logits") else ""
+    return f"{at.site}{layer} in {f'step {at.step} after the prompt' if at.step else 'the prompt'}"

@@ -1,6 +1,6 @@
 """Checks of models: mixers stacked. The first export is the module; `SIZES` beside it has its published settings.
 
-The example says what goes in: "b n v" token ids below v, "b c y x" images, "b n c" tokens.
+The example says what goes in: "b n v" token ids below v, "b c y x" images, "b n c" tokens, "b c" codes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from regard.checks.battery import Subject, demand, demand_near, verifies
 from regard.checks.tolerances import SAME
+from regard.checks.untouched import changed, state
 from regard.contract.optional import need
 
 
@@ -47,7 +48,7 @@ def example(card: Any, n: int | None = None) -> Tensor:
     sizes = card.sizes
     if "v" in sizes:
         return torch.randint(sizes["v"], (sizes["b"], n or sizes["n"]))
-    letters = "bcyx" if "y" in sizes else "bnc"
+    letters = "bcyx" if "y" in sizes else "bnc" if "n" in sizes else "bc"
     return torch.randn([n if a == "n" and n else sizes[a] for a in letters], dtype=torch.float64)
 
 
@@ -110,17 +111,8 @@ def model_decodes(subject: Subject) -> None:
 def foreign_model_is_left_alone(subject: Subject) -> None:
     """What the foreign model answers, its settings, hooks and mode are the same before and after it is stood on."""
     model, x = foreign(subject.card), example(subject.card)
-
-    def state() -> dict[str, Any]:
-        found: dict[str, Any] = {f"config.{name}": repr(value) for name, value in vars(model.config).items()}
-        for name, module in model.named_modules():
-            found[name] = (sorted(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks))
-            found[f"{name}.training"] = module.training
-        return found
-
-    before, answer = state(), model(x)[0]
+    before, answer = state(model), model(x)[0]
     subject.main(model, **subject.card.options)(x)
-    after = state()
-    changed = [name or "the model" for name in {**before, **after} if before.get(name) != after.get(name)]
-    demand(not changed, f"it is left with other {', '.join(changed[:3])}")
+    left = changed(before, state(model))
+    demand(not left, f"not as before: {', '.join(left[:3])}")
     demand(torch.equal(model(x)[0], answer), "it answers otherwise than before")

@@ -10,10 +10,11 @@ from typing import Any
 
 from regard.contract.errors import OptionError
 from regard.contract.optional import need
+from regard.hosts.text import tokenizer_of
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="tiny-lm, or a folder that holds a model of its vocabulary")
+    parser.add_argument("model", metavar="MODEL", help="tiny-lm, or a folder with a causal language model")
     parser.add_argument(
         "--steer",
         action="append",
@@ -21,9 +22,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="WAY",
         help="snapkv:budget=256,window=16; several: a+b; repeatable",
     )
+    parser.add_argument(
+        "--case", choices=("notes", "text"), help="notes of tiny-lm's vocabulary, or sentences in text (what fits)"
+    )
+    parser.add_argument("--text", type=Path, metavar="FILE", help="what sentences are hidden in (Python's reference)")
     parser.add_argument("--lengths", default="256,512", help="tokens, with commas")
     parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="0 (first) to 1 (last), with commas")
     parser.add_argument("--rows", type=int, default=16, help="prompts a cell")
+    parser.add_argument("--batch", type=int, default=16, help="prompts of one length at once")
     parser.add_argument("--notes", type=int, default=8, help="in a prompt, one of which is asked for")
     parser.add_argument("--ask", default="again,later", help="again, later, with commas")
     parser.add_argument("--seed", type=int, default=0)
@@ -32,26 +38,30 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    from regard.bench.needle.measure import Plan, measure, summary
+    from regard.bench.needle.measure import Plan, Subject, measure, summary
     from regard.bench.needle.page import write_page
     from regard.bench.needle.ways import read_way
     from regard.bench.progress import Progress
     from regard.bench.results import Results
 
+    if given.rows < 1 or given.batch < 1:
+        raise OptionError(f"--rows and --batch are at least 1, not {given.rows} and {given.batch}")
     plan = Plan(
         lengths=_numbers("--lengths", given.lengths, int), depths=_numbers("--depths", given.depths, float),
-        rows=given.rows, notes=given.notes, asks=_asks(given.ask), seed=given.seed,
+        rows=given.rows, asks=_asks(given.ask), batch=given.batch, seed=given.seed,
     )  # fmt: skip
-    ways = [read_way(text) for text in ("full", *given.steer)]
-    model = _model(given.model)
+    ways = [read_way(text) for text in dict.fromkeys(("full", *given.steer))]
+    model, tokenizer = _model(given.model)
+    name = given.model if given.model == "tiny-lm" else str(Path(given.model).resolve())
+    subject = Subject(name, model, _source(given, model, tokenizer))
     given.out.mkdir(parents=True, exist_ok=True)
     results = Results(given.out / "needle.jsonl")
     console = need("rich.console", "bench").Console(stderr=given.json)
     watcher = Progress(console)
-    with watcher.part("needles", sum(1 for _ in plan.cells())):
-        measure(model, ways, plan, results, watcher)
-    write_page(results.lines, given.model, given.out / "needle.html")
-    rows = summary(results.of("needle"))
+    with watcher.part("needles", len(ways) * sum(1 for _ in plan.cells())):
+        lines = measure(subject, ways, plan, results, watcher)
+    write_page(lines, Path(name).name, given.out / "needle.html")
+    rows = summary(lines)
     if given.json:
         json.dump(rows, sys.stdout, indent=1)
         print()
@@ -70,21 +80,49 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _model(name: str) -> Any:
-    from regard.bench.proving.notes import VOCAB
-
+def _model(name: str) -> tuple[Any, Any]:
+    """(the model in evaluation mode, its tokenizer or None)."""
     if name == "tiny-lm":
         from regard.bench.proving.tiny import lm
 
-        return lm()[0]
-    if not Path(name).is_dir():
+        return lm()
+    folder, hf = Path(name), need("transformers", "hf")
+    if not (folder / "config.json").is_file():
         raise OptionError(f"{name!r} is neither tiny-lm nor a folder with a model")
-    model = need("transformers", "hf").AutoModelForCausalLM.from_pretrained(name, local_files_only=True).eval()
-    if model.config.vocab_size != VOCAB:
+    try:
+        model, told = hf.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{name} holds no causal language model: {str(error).splitlines()[0]}") from error
+    if told["missing_keys"]:
         raise OptionError(
-            f"{name} has a vocabulary of {model.config.vocab_size}; notes are written in that of tiny-lm, {VOCAB}"
+            f"{name} holds no causal language model: it lacks {', '.join(sorted(told['missing_keys'])[:3])}"
         )
-    return model
+    try:
+        return model.eval(), tokenizer_of(folder)
+    except OptionError:
+        # notes need none
+        return model.eval(), None
+
+
+def _source(given: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    from regard.bench.needle.cases import Notes, Text
+    from regard.bench.recall.needle import language_reference
+
+    fit = Notes.fit(model, tokenizer)
+    if given.case == "notes" and not fit:
+        raise OptionError(f"notes are written in tiny-lm's vocabulary, and that of {given.model} is another")
+    if given.case == "notes" or (fit and given.case is None and given.text is None):
+        return Notes(given.notes)
+    if tokenizer is None:
+        raise OptionError(f"{given.model} has no tokenizer, which text needs: save the model's own there")
+    if given.text is None:
+        text, whose = language_reference(), "Python's language reference"
+    elif given.text.is_file():
+        text, whose = given.text.read_text(encoding="utf-8", errors="replace"), given.text.name
+    else:
+        raise OptionError(f"--text takes a file; {given.text} is none")
+    chat = ", asked for in a chat" if tokenizer.chat_template is not None else ""
+    return Text(tokenizer, text, f"a number hidden in {whose}{chat}")
 
 
 def _numbers(option: str, text: str, kind: type) -> tuple[Any, ...]:

@@ -1,8 +1,9 @@
 """Attaching to a model: its sites, one attention call, and the session in which interventions act on it.
 
-A host (rooms hosts/*) knows where the sites of a family of models lie. `open_session` finds the host by the model, so
-that interventions and models need to know none. An intervention is a value with settings; what it does, it does in
-methods named after sites, each of which gets a value and returns it, changed or not:
+A host (rooms hosts/*) knows where the sites of a family of models lie. `open_session` finds the host by the model, also
+where that lies inside others (adapters, compiled or parallel models), so that interventions and models need to know none.
+An intervention is a value with settings; what it does, it does in methods named after sites, each of which gets a value and
+returns it, changed or not:
 
     on_scores(call, scores)    before mask and normaliser, (B, H, N, M)
     on_weights(call, weights)  after both, (B, H, N, M)
@@ -15,15 +16,17 @@ methods named after sites, each of which gets a value and returns it, changed or
     on_hidden(step, site, layer, x)  a stream between modules, (B, N, C); `hidden_sites` names those it wants
     on_read(call, seen)        nothing is returned: what came of the call in the end, a `Seen`
     on_output(step, output)    nothing is returned: what the model returned
+    on_module(name, output)    nothing is returned: what a module gave out, of those in `modules`, by name
 
 `start(session)`, where there is one, gives what acts in a session in place of the value, with state of its own. `wants(call)`
 says at which calls on_scores and on_weights act; without it they act at all. What has `reads_only` comes last everywhere.
+With `needs_rotation` calls carry what turned their queries and keys, so that `unrotated` can give them as they were.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,17 +43,18 @@ T = TypeVar("T")
 
 # the sites that lie between modules, where a host lays hooks
 HIDDEN = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_hidden", "mlp_out", "resid_post", "final")
-# libraries whose models a host knows -> the module with its `open_session`
-HOSTS = {"transformers": "regard.hosts.transformers.session"}
+# the class of which a library's models are -> the module of its host, with `open_session`
+HOSTS = {"transformers.modeling_utils.PreTrainedModel": "regard.hosts.transformers.session"}
 
 
 @dataclass
 class Step:
     """One forward pass of a model under a session.
 
-    index: 0 for the first pass over a sequence, then 1, 2, … phase: "prefill" while several tokens come at once and
-    before anything is decoded, else "decode". padding: bool (B, tokens so far), None if there is none. start: how many
-    tokens came before this pass. tokens: how many come in it. ids: int64 (B, N), where the model got ids.
+    index: 0 for the first pass over a sequence, then 1, 2, … phase: "decode" for a single token that follows others, unless
+    it is known to be of the prompt (transformers' generate tells, one's own loop over pieces does not), else "prefill".
+    padding: bool (B, tokens so far), None if there is none. start: how many tokens came before this pass. tokens: how many
+    come in it. ids: int64 (B, N), where the model got ids.
     decoded: how many decoding passes there were, this one included.
     """
 
@@ -87,7 +91,8 @@ class AttentionCall:
     kind: "self" or "cross". main: whether it is self-attention of the stack in which interventions count layers.
     positions: int64 (B, G, M) of cached keys in the whole sequence, -1 for none, None where all are there. kept: the layer
     of the cache, where it can give up keys. plain: the host's own way to the result, for a call that nobody changed.
-    instead: the op that `plain` runs where it is not softmax attention.
+    instead: the op that `plain` runs where it is not softmax attention. rotation: what the layer did to q and k by their
+    places in the sequence, `turn(x, places)` and `undo(x, places)`; None unless an effect needs it.
     """
 
     q: Tensor
@@ -110,6 +115,7 @@ class AttentionCall:
     kept: Any = None
     plain: Callable[[], Tensor] | None = None
     instead: str = ""
+    rotation: Any = None
 
     def replace(self, **changes: Any) -> AttentionCall:
         """The call with other tensors, to be computed by our own engines."""
@@ -175,6 +181,17 @@ class AttentionCall:
             q=self.q[:, :, -rows:], mask=cut(self.mask), bias=cut(self.bias), q_offset=self.q_offset + n - rows
         )
 
+    def unrotated(self) -> tuple[Tensor, Tensor]:
+        """q and k before the layer turned them by their places. Raises OptionError where no effect needs the rotation."""
+        import torch
+
+        if self.rotation is None:
+            raise OptionError("the rotation of this call was not seen: an effect that undoes it has `needs_rotation`")
+        places = torch.arange(self.step.start + self.step.tokens, device=self.q.device)
+        n, m = self.q.shape[2], self.k.shape[2]
+        keys = places[-m:] if self.positions is None else self.positions.clamp(min=0)
+        return self.rotation.undo(self.q, places[-n:]), self.rotation.undo(self.k, keys)
+
     def received(self) -> Tensor:
         """How much each key is attended to by all rows together, (B, H, M) float32, read in tiles."""
         if self.q.shape[2] == 1 or self.softcap is not None or self.sinks is not None or self.mask is not None:
@@ -194,11 +211,11 @@ class AttentionCall:
 class Session:
     """Interventions at work on one model, inside a `with` block. Hosts subclass it.
 
-    Sessions of one model stack: those opened later act after the earlier ones.
+    Sessions of one model stack: those opened later act after the earlier ones. outer: what holds the model, or the model.
     """
 
     def __init__(self, model: Any, interventions: Sequence[Any]):
-        self.model = model
+        self.model = self.outer = model
         self.interventions = tuple(interventions)
 
     def __enter__(self) -> Session:
@@ -213,8 +230,13 @@ class Session:
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """What a tape says of the model: heads, key_heads, layer_types, grid."""
+        """What a tape says of the model: heads, key_heads, head_dim, rotary_base, layer_types, grid."""
         raise NotImplementedError
+
+    def full_layers(self) -> list[int]:
+        """The layers of the main stack that have no window or other form of their own."""
+        kinds = self.facts()["layer_types"]
+        return [i for i in range(len(self.anatomy.main.layers)) if kinds is None or kinds[i] == "full_attention"]
 
     def change(self, thing: Any, name: str, value: Any) -> None:
         """Set an attribute until this session ends."""
@@ -238,15 +260,48 @@ def intervention(card: InterventionCard) -> Callable[[type[T]], type[T]]:
 
 
 def open_session(model: Any, interventions: Sequence[Any]) -> Session:
-    """The session of the host that knows the model. Raises Unsupported for a model that no host knows."""
-    for base in type(model).__mro__:
-        library = base.__module__.partition(".")[0]
-        if library in HOSTS:
-            return import_module(HOSTS[library]).open_session(model, interventions)
-    raise Unsupported(
-        f"no host knows a {type(model).__module__}.{type(model).__name__}; there are hosts for models of "
-        f"{', '.join(sorted(HOSTS))}"
-    )
+    """The session of the host that knows the model, or the one inside it. Raises Unsupported as `model_inside`."""
+    found = model_inside(model)
+    session: Session = import_module(str(_host(found))).open_session(found, interventions)
+    session.outer = model
+    return session
+
+
+def model_inside(model: Any) -> Any:
+    """The outermost module that a host knows: the model, or the one inside an adapter, a compiled or a parallel model.
+
+    Raises Unsupported where there is none, where there are several side by side, and for copies on several devices.
+    """
+    from torch.nn import DataParallel
+
+    found = list(dict.fromkeys(_known(model)))
+    if not found:
+        libraries = ", ".join(sorted(name.partition(".")[0] for name in HOSTS))
+        raise Unsupported(
+            f"no host knows a {type(model).__module__}.{type(model).__name__}; there are hosts for models of {libraries}"
+        )
+    if len(found) > 1:
+        inside = ", ".join(type(x).__name__ for x in found)
+        raise Unsupported(f"a {type(model).__name__} holds several models ({inside}): give the one that is meant")
+    if isinstance(model, DataParallel) and len(model.device_ids) > 1:
+        raise Unsupported(
+            f"DataParallel runs copies of the model on {len(model.device_ids)} devices: use DistributedDataParallel, or "
+            "give the model itself"
+        )
+    return found[0]
+
+
+def _known(module: Any) -> Iterator[Any]:
+    if _host(module) is not None:
+        yield module
+    elif hasattr(module, "children"):
+        for child in module.children():
+            yield from _known(child)
+
+
+def _host(model: Any) -> str | None:
+    names = (f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__)
+    return next((HOSTS[name] for name in names if name in HOSTS), None)
 
 
 def steer(model: Any, *interventions: Any) -> Session:

@@ -17,6 +17,12 @@ SITES = (
     "embed", "q", "k", "v", "scores", "weights", "z", "attn_out", "mlp_hidden", "mlp_out", "resid_pre", "resid_mid",
     "resid_post", "final", "tokens", "kv", "router", "logits", "feature", "gate", "latents", "text", "guidance", "step",
 )  # fmt: skip
+# what a check can hand to a system, made for the specimen that it is tried on
+GIVEN = (
+    "model", "inputs", "ids", "other ids", "one row", "prompts", "cases", "answered ids", "next tokens", "metric", "tape",
+    "images", "labelled images", "images and labels", "method", "tokens", "queries", "weights", "maps", "heads",
+    "other heads",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,8 @@ class Card:
                 raise TypeError(f"field {f.name!r} of the card {self.slug!r} is {value!r}; it must be a {kind}")
         for name, allowed in self.vocabulary.items():
             value = getattr(self, name)
-            for word in (value,) if isinstance(value, str) else value:
+            words = value.values() if isinstance(value, dict) else (value,) if isinstance(value, str) else value
+            for word in words:
                 if word not in allowed:
                     raise ValueError(f"field {name!r} of the card {self.slug!r} holds {word!r}; it may hold {allowed}")
         if not (self.paper or self.baseline or self.part_of):
@@ -148,9 +155,20 @@ class ModelCard(Card):
 
 @dataclass(frozen=True, kw_only=True)
 class ExplanationCard(Card):
-    """A reading of a model or of an op; nothing is changed."""
+    """A reading of a model or of an op; nothing is changed.
+
+    takes: parameter -> what it is called with (`GIVEN`), beside the options; with neither it is not called. reads: the
+    specimen that is read, "" for none. calls: the export that is called, the first if ""; or of a class with the options,
+    a method, "Name.method". figure: what comes back has `figure()`.
+    """
 
     kind: ClassVar[str] = "explanation"
+    vocabulary: ClassVar[dict[str, tuple[str, ...]]] = {"takes": GIVEN}
+
+    reads: str = ""
+    takes: dict[str, str] = field(default_factory=dict)
+    calls: str = ""
+    figure: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +196,8 @@ class InterventionCard(Card):
     """Something done to a pretrained model, and undone.
 
     sites: where it reads or writes (`SITES`). owns: those that nobody else may write at the same time.
-    off: settings with which it changes nothing, bit for bit. padding: rows are steered alone, whatever pads they have.
+    off: settings with which it changes nothing, bit for bit. spares: settings with which layer 0 is left as it was.
+    padding: rows are steered alone, whatever pads they have. prompt: rows of ids to try it on, where it cannot read any.
     """
 
     kind: ClassVar[str] = "intervention"
@@ -187,7 +206,9 @@ class InterventionCard(Card):
     sites: tuple[str, ...]
     owns: tuple[str, ...] = ()
     off: dict[str, Any] = field(default_factory=dict)
+    spares: dict[str, Any] = field(default_factory=dict)
     padding: bool = False
+    prompt: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +224,26 @@ class DecodingCard(Card):
     generate: dict[str, Any] = field(default_factory=dict)
     off: dict[str, Any] = field(default_factory=dict)
     padding: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCard(Card):
+    """A loss, or a method of training that gives one: `loss(model, batch)` -> name -> scalar.
+
+    teacher: the specimen that it is made from, "" for none. student: the one that it is called with, "" for the teacher
+    itself; student_options: its settings. batch: what with (`GIVEN`). losses: the names of what comes back. trains:
+    patterns (`*`) of names of the parameters that gradients reach, the model's, or behind "self." those of the loss.
+    """
+
+    kind: ClassVar[str] = "training"
+    vocabulary: ClassVar[dict[str, tuple[str, ...]]] = {"batch": GIVEN}
+
+    batch: str
+    losses: tuple[str, ...]
+    trains: tuple[str, ...]
+    teacher: str = ""
+    student: str = ""
+    student_options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +268,7 @@ CARDS: dict[str, type[Card]] = {
         InterventionCard,
         DecodingCard,
         ExplanationCard,
+        TrainingCard,
         TaskCard,
     )
 }

@@ -171,6 +171,7 @@ def from_file(path: str | Path) -> Entry:
         "explanation": "explain",
         "intervention": "steer",
         "decoding": "steer",
+        "training": "train",
         "task": "bench",
     }[card.kind]
     return Entry(card, path, f"regard_file_{card.slug}", room)

@@ -101,9 +101,9 @@ class KeyIndex(ABC):
         """The k best keys of each query (N, D): (ids int64 (N, min(k, M)), best first; keys scored (N,) int64).
 
         effort: how far to look: lists of ivf that are scored (8); best found keys that a graph follows (k, 32 at least); keys
-        with the best codes that are scored (4 k). Centroids and codewords count as keys scored, codes do not; -1 where the
-        library, hnswlib, does not tell. Where k is all keys, all are scored. Only the graphs of libraries find fewer than k
-        at times, and fill up with -1. Raises ShapeError, OptionError.
+        with the best codes that are scored (4 k); hnswlib and faiss_pq take k where it is less. Centroids and codewords count
+        as keys scored, codes do not; -1 where the library, hnswlib, does not tell. Where k is all keys, all are scored. The
+        indexes of libraries find fewer than k at times, and fill up with -1. Raises ShapeError, OptionError.
         """
         _check(queries, self.width)
         if k < 1 or (effort is not None and effort < 1):
@@ -278,10 +278,13 @@ class Faiss(KeyIndex):
             own = faiss.IndexHNSWFlat(width, max(degree // 2, 2), faiss.METRIC_INNER_PRODUCT)
         elif kind == "faiss_pq":
             own = faiss.IndexPQFastScan(width, width, _BITS, faiss.METRIC_INNER_PRODUCT)
+            own.pq.cp.min_points_per_centroid = 1
         else:
             count = round(len(keys) ** 0.5) if lists is None else lists
             own = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, count, faiss.METRIC_INNER_PRODUCT)
-        own.train(keys.numpy())
+            own.cp.min_points_per_centroid = 1
+        # not fewer keys than codewords
+        own.train(keys[torch.arange(max(len(keys), 1 << _BITS)) % len(keys)].numpy())
         own.add(keys.numpy())
         return Faiss(keys, width, own, kind)
 
@@ -296,10 +299,7 @@ class Faiss(KeyIndex):
         import faiss
 
         if self.kind == "faiss_pq":
-            wanted = min(max(4 * k if effort is None else effort, k), len(self))
-            found = torch.from_numpy(self.own.search(queries.numpy(), wanted)[1])
-            scores = torch.einsum("nd,nkd->nk", queries, self.keys[found])
-            return found.gather(1, scores.topk(k).indices), torch.full((len(queries),), wanted + (1 << _BITS))
+            return self._by_codes(queries, k, max(4 * k if effort is None else effort, k))
         hnsw = self.kind == "faiss_hnsw"
         counters: Any = faiss.cvar
         stats = counters.hnsw_stats if hnsw else counters.indexIVF_stats
@@ -311,6 +311,18 @@ class Faiss(KeyIndex):
         ids = torch.from_numpy(self.own.search(queries.numpy(), k)[1])
         scored = stats.ndis // max(len(queries), 1) + (0 if hnsw else self.own.nlist)
         return ids, torch.full((len(queries),), scored)
+
+    def _by_codes(self, queries: Tensor, k: int, most: int) -> tuple[Tensor, Tensor]:
+        found = torch.from_numpy(self.own.search(queries.numpy(), min(most, len(self)))[1])
+        scores = torch.einsum("nd,nkd->nk", queries, self.keys[found])
+        ids, scanned = (
+            found.gather(1, scores.topk(k).indices),
+            torch.full((len(queries),), found.shape[1] + (1 << _BITS)),
+        )
+        # faiss finds nothing where the codes of all keys are the same
+        alike = (found < 0).any(1)
+        ids[alike], scanned[alike] = _best(queries[alike], self.keys, k)[1], len(self)
+        return ids, scanned
 
     def _insert(self, keys: Tensor, queries: Tensor | None) -> KeyIndex:
         import faiss

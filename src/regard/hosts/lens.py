@@ -15,13 +15,14 @@ def lens(model: Any, hidden: Tensor, *, norm: bool = True) -> Tensor:
 
     norm: False for streams that have passed the final norm already. Raises Unsupported for a model without either.
     """
-    head = model.get_output_embeddings()
+    session = open_session(model, ())
+    head = session.model.get_output_embeddings()
     if head is None:
-        raise Unsupported(f"{type(model).__name__} has no output embeddings to read a stream with")
+        raise Unsupported(f"{type(session.model).__name__} has no output embeddings to read a stream with")
     if not norm:
         return head(hidden)
-    final = open_session(model, ()).anatomy.main.final
+    final = session.anatomy.main.final
     if final is None:
-        raise Unsupported(f"{type(model).__name__} has no final norm that was recognised; give norm=False")
+        raise Unsupported(f"{type(session.model).__name__} has no final norm that was recognised; give norm=False")
     # not through the module: hooks on it would take this for a pass of the model
     return head(final.forward(hidden))

@@ -6,13 +6,14 @@ then nothing of N x N numbers is ever made.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.contract.attach import HIDDEN, AttentionCall, Seen, Step, open_session
 from regard.contract.card import InterventionCard
@@ -30,8 +31,12 @@ _LENS_NAMES = {
     "k": "blocks.{}.attn.hook_k", "v": "blocks.{}.attn.hook_v", "scores": "blocks.{}.attn.hook_attn_scores",
     "weights": "blocks.{}.attn.hook_pattern", "z": "blocks.{}.attn.hook_z", "final": "ln_final.hook_normalized",
 }  # fmt: skip
+# and back: what its names say in short, as in `cache["pattern", 3]`
+_LENS_KINDS = {name.rpartition("hook_")[2]: kind for kind, name in _LENS_NAMES.items()}
 _OF_CALL = ("q", "k", "v", "scores", "weights", "z")
 KINDS = (*_OF_CALL, *HIDDEN, "router", "logits")
+# those of no layer
+_ONCE = ("embed", "final", "logits")
 
 
 @dataclass
@@ -40,22 +45,37 @@ class Tape:
 
     Shapes: q (B, H, N, D), k, v (B, G, M, D), scores and weights (B, H, N, M) or as `reduce` says, z (B, N, H, E), streams
     (B, N, C), mlp_hidden (B, N, F), router: logits, weights, experts of all tokens, logits (B, N, V). k and v are after
-    positions and cache. step: 0 for the first pass, then 1, 2, … meta: ids, padding, heads, key_heads, scale, layers,
-    grid, reduce and count. output: what the model returned, where `record` ran it.
+    positions and cache. step: 0 for the first pass, then 1, 2, …; of a module, how often it ran before. meta: ids,
+    image_tokens (where ids are those of an image), padding, heads, key_heads, scale, layers, grid, reduce and count. output:
+    what the model returned, where `record` ran it.
     """
 
     meta: dict[str, Any] = field(default_factory=dict)
     output: Any = None
     _values: dict[tuple[str, int, int], Any] = field(default_factory=dict)
 
-    def __getitem__(self, address: tuple[str, int] | tuple[str, int, int]) -> Any:
-        kind, layer, *step = address
-        return self.get(kind, layer, step=step[0] if step else 0)
+    def __getitem__(self, address: str | tuple[str, int] | tuple[str, int, int]) -> Any:
+        """By kind and layer, and step if not the first; or by a name: "logits", of a module, or TransformerLens's."""
+        if isinstance(address, tuple):
+            kind, layer, *step = address
+            return self.get(kind, layer, step=step[0] if step else 0)
+        if address == "logits" and ("logits", 0, 0) not in self._values and hasattr(self.output, "logits"):
+            return self.output.logits
+        if "hook_" in address:
+            return self.get(*self.place(address))
+        if address in _ONCE:
+            return self.get(address)
+        if address in KINDS:
+            raise OptionError(f"{address!r} stands in every layer: write tape[{address!r}, 3]")
+        return self.module(address)
 
     def get(self, kind: str, layer: int = 0, *, head: int | None = None, step: int = 0) -> Any:
         """What was recorded of a kind at a layer (negative from the last) and step. Raises OptionError."""
         count = self.meta.get("layers", 0)
         place = (kind, layer + count if layer < 0 else layer, step)
+        if place not in self._values and kind in _LENS_KINDS:
+            kind = _LENS_KINDS[kind]
+            place = (kind, *place[1:])
         if place not in self._values:
             there = sorted({k for k, _, _ in self._values})
             raise OptionError(
@@ -73,13 +93,25 @@ class Tape:
     def __contains__(self, address: tuple[str, int]) -> bool:
         return (*address, 0) in self._values
 
+    def module(self, name: str, *, step: int = 0) -> Any:
+        """What a module gave out, by its name in the model: one of `modules=`, or one whose output is a site on the tape."""
+        place = self.meta.get("places", {}).get(name)
+        for kind, layer in ((name, 0), *(() if place is None else (place,))):
+            if (kind, layer, step) in self._values:
+                return self._values[kind, layer, step]
+        raise OptionError(
+            f"nothing of a module {name!r}, step {step}, is on the tape: record with modules=({name!r},)"
+            + ("" if place is None else f", or sites=({place[0]!r},)")
+        )
+
     def layers(self, kind: str, step: int = 0) -> list[int]:
         """The layers of which a kind was recorded."""
         return sorted(layer for k, layer, s in self._values if (k, s) == (kind, step))
 
     def steps(self) -> int:
         """How many passes were recorded."""
-        return 1 + max((step for _, _, step in self._values), default=-1)
+        passes = [step for kind, _, step in self._values if kind.partition(":")[0] in KINDS]
+        return 1 + max(passes or [step for _, _, step in self._values], default=-1)
 
     def stack(self, kind: str, *, step: int = 0) -> Tensor:
         """All layers of a kind, (L, …)."""
@@ -111,6 +143,23 @@ class Tape:
             raise OptionError(f"{of} has no name for {kind!r}{near(kind, _LENS_NAMES)}")
         return _LENS_NAMES[kind].format(layer)
 
+    @staticmethod
+    def place(name: str) -> tuple[str, int]:
+        """The kind and layer of what TransformerLens calls so. Raises OptionError for a name that has none."""
+        layer = re.search(r"(?<=^blocks\.)\d+", name)
+        at = 0 if layer is None else int(layer[0])
+        for kind, theirs in _LENS_NAMES.items():
+            if theirs.format(at) == name:
+                return kind, at
+        raise OptionError(f"no kind is called {name!r}{near(name, [x.format(at) for x in _LENS_NAMES.values()])}")
+
+    def _know(self, ids: Tensor | None) -> None:
+        """Note the ids of the first pass, and which of them stand for parts of an image."""
+        if ids is not None and self.meta.get("ids") is None:
+            self.meta["ids"] = ids
+            if self.meta.get("image_token") is not None:
+                self.meta["image_tokens"] = ids == self.meta["image_token"]
+
 
 def record(model: Any, inputs: Mapping[str, Any] | Tensor, **options: Any) -> Tape:
     """Run a model once and return the tape; the options are those of `recording`.
@@ -120,6 +169,7 @@ def record(model: Any, inputs: Mapping[str, Any] | Tensor, **options: Any) -> Ta
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     with recording(model, **options) as tape, torch.set_grad_enabled(bool(options.get("grads"))):
         tape.output = model(**given)
+    tape._know(given.get("input_ids"))
     return tape
 
 
@@ -128,33 +178,40 @@ def recording(
     model: Any,
     *,
     sites: Sequence[str] = ("weights",),
+    modules: Sequence[str] = (),
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
-    reduce: Reduce | Sequence[Reduce] = "full",
+    reduce: Reduce | Callable[[Tensor], Tensor] | Sequence[Reduce | Callable[[Tensor], Tensor]] = "full",
     count: int = 8,
     grads: bool = False,
     steps: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     limit_bytes: int = 2 << 30,
 ) -> Iterator[Tape]:
     """Record what every pass inside the block makes at some sites; the model's output stays the same.
 
-    sites: of `KINDS`. layers, heads: of which, None for all. rows: query rows of weights, scores, q and z (negative from
-    the end). reduce: what is kept of weights: "full" (B, H, N, M), "last_row" (B, H, 1, M), "column_sum" (B, H, M),
-    "entropy" and "sink_mass" on the first `count` keys (B, H, N), "top_k" the `count` largest; with several, the kinds on
-    the tape are called "weights:entropy" and so on. grads: keep the graph, so that `tape.backward` and `tape.grad` work.
-    steps: record every pass, or only the first. limit_bytes: more than this is refused, before it is kept.
-    Raises OptionError for unknown sites; Unsupported for sites that the model lacks, and beyond the limit.
+    sites: of `KINDS`. modules: names of modules whose output (of several the first) is kept besides, as `named_modules` says
+    them. layers, heads: of which, None for all. rows: query rows of weights, scores, q and z (negative from the end).
+    reduce: what is kept of weights: "full" (B, H, N, M), "last_row" (B, H, 1, M), "column_sum" (B, H, M), "entropy" and
+    "sink_mass" on the first `count` keys (B, H, N), "top_k" the `count` largest, or a function of the whole of a layer; with
+    several, the kinds on the tape are called "weights:entropy" and so on. grads: keep the graph, so that `tape.backward` and
+    `tape.grad` work. steps: record every pass, or only the first. device, dtype: where and as what floats are kept.
+    limit_bytes: more than this is refused. Raises OptionError for unknown sites and modules; Unsupported for sites that the
+    model lacks, and beyond the limit.
     """
     for site in sites:
         if site not in KINDS:
             raise OptionError(f"{site!r} is not recorded{near(site, KINDS)}; what is: {', '.join(KINDS)}")
-    reduces = (reduce,) if isinstance(reduce, str) else tuple(reduce)
+    reduces = (reduce,) if isinstance(reduce, str) or callable(reduce) else tuple(reduce)
     for kind in reduces:
-        if kind not in get_args(Reduce):
+        if not callable(kind) and kind not in get_args(Reduce):
             raise OptionError(f"weights are not kept as {kind!r}{near(kind, get_args(Reduce))}")
     if rows is not None and set(reduces) != {"full"}:
         raise OptionError("rows= chooses rows of full weights; leave reduce out")
+    if grads and (device is not None or dtype is not None):
+        raise OptionError("gradients reach what the model goes on with; leave device= and dtype= out")
     tape = Tape()
     recorder = _Recorder(
         tape,
@@ -167,8 +224,11 @@ def recording(
         grads,
         steps,
         limit_bytes,
+        (device, dtype),
     )
-    with open_session(model, (recorder,)) as session:
+    session = open_session(model, (recorder,))
+    recorder.find(modules, session)
+    with session:
         recorder.open(session)
         yield tape
 
@@ -180,10 +240,12 @@ class _Recorder:
 
     def __init__(
         self, tape: Tape, sites: tuple[str, ...], layers: tuple[int, ...] | None, heads: Sequence[int] | None,
-        rows: Sequence[int] | None, reduces: tuple[Reduce, ...], count: int, grads: bool, steps: bool, limit: int,
+        rows: Sequence[int] | None, reduces: tuple[Reduce | Callable[[Tensor], Tensor], ...], count: int, grads: bool,
+        steps: bool, limit: int, kept: tuple[torch.device | str | None, torch.dtype | None],
     ):  # fmt: skip
         self.tape, self.sites, self.layers, self.heads, self.rows = tape, sites, layers, heads, rows
         self.reduces, self.count, self.grads, self.steps, self.limit, self.held = reduces, count, grads, steps, limit, 0
+        self.kept, self.modules, self.calls = kept, dict[str, nn.Module](), dict[str, int]()
         needed = [s for s in sites if s not in HIDDEN]
         self.card = InterventionCard(
             slug="record", title="record", exports=("record",), baseline=True, sites=tuple(needed)
@@ -202,6 +264,15 @@ class _Recorder:
         """Nothing changes, but what is recorded is then what the model goes on with, and gradients reach it."""
         return weights
 
+    def find(self, names: Sequence[str], session: Any) -> None:
+        """Look the modules up, in what was given or in the model inside it."""
+        there = {**dict(session.model.named_modules()), **dict(session.outer.named_modules())}
+        for name in names:
+            if name not in there:
+                raise OptionError(f"{type(session.outer).__name__} has no module {name!r}{near(name, there)}")
+            self.modules[name] = there[name]
+        self.tape.meta["places"] = _places(there, session.anatomy.main)
+
     def open(self, session: Any) -> None:
         """Note what is known of the model, and resolve layers counted from the last."""
         main = session.anatomy.main
@@ -219,37 +290,49 @@ class _Recorder:
                 self._lse: Tensor | None = None
                 # what entropies need gives the others the log-sum-exp
                 for reduce in sorted(self.reduces, key=lambda reduce: reduce != "entropy"):
-                    name = site if len(self.reduces) == 1 else f"{site}:{reduce}"
-                    self._put(name, call.layer, call.step, self._weights(call, seen.weights, reduce))
+                    told = getattr(reduce, "__name__", str(reduce))
+                    name = site if len(self.reduces) == 1 else f"{site}:{told}"
+                    self._put(name, call.layer, call.step.index, self._weights(call, seen.weights, reduce))
             elif site == "scores":
                 self._put(
-                    site, call.layer, call.step, self._part(call.scores() if seen.scores is None else seen.scores, 2)
+                    site,
+                    call.layer,
+                    call.step.index,
+                    self._part(call.scores() if seen.scores is None else seen.scores, 2),
                 )
             elif site == "z":
-                self._put(site, call.layer, call.step, self._part(seen.z, 2).transpose(1, 2))
+                self._put(site, call.layer, call.step.index, self._part(seen.z, 2).transpose(1, 2))
             else:
                 value = getattr(call, site)
-                self._put(site, call.layer, call.step, self._part(value, 2) if site == "q" else value)
+                self._put(site, call.layer, call.step.index, self._part(value, 2) if site == "q" else value)
 
     def on_hidden(self, step: Step, site: str, layer: int, x: Tensor) -> Tensor:
         if self._keeps(layer, step) or site == "final":
-            self._put(site, 0 if site in ("embed", "final") else layer, step, x)
+            self._put(site, 0 if site in ("embed", "final") else layer, step.index, x)
         return x
+
+    def on_module(self, name: str, output: Any) -> None:
+        call = self.calls[name] = self.calls.get(name, -1) + 1
+        x = output[0] if isinstance(output, (tuple, list, Mapping)) and len(output) else output
+        if not isinstance(x, Tensor):
+            raise Unsupported(f"the module {name!r} gives a {type(x).__name__}; only tensors can be recorded")
+        if self.steps or call == 0:
+            self._put(name, 0, call, x)
 
     def on_router(self, step: Step, choice: Any) -> Any:
         if "router" in self.sites and self._keeps(choice.layer, step):
-            self._put("router", choice.layer, step, (choice.logits, choice.weights, choice.experts))
+            self._put("router", choice.layer, step.index, (choice.logits, choice.weights, choice.experts))
         return choice
 
     def on_output(self, step: Step, output: Any) -> None:
         if "logits" in self.sites and (self.steps or step.index == 0):
-            self._put("logits", 0, step, output.logits)
+            self._put("logits", 0, step.index, output.logits)
 
     def _keeps(self, layer: int, step: Step) -> bool:
         return (self.layers is None or layer in self.layers) and (self.steps or step.index == 0)
 
     def _note(self, call: AttentionCall) -> None:
-        self.tape.meta.setdefault("ids", call.step.ids)
+        self.tape._know(call.step.ids)
         self.tape.meta.setdefault("padding", call.step.padding)
         self.tape.meta.setdefault("scale", call.scale)
 
@@ -260,12 +343,14 @@ class _Recorder:
             x = x.index_select(axis, torch.tensor(self.rows, device=x.device) % x.shape[axis])
         return x
 
-    def _weights(self, call: AttentionCall, weights: Tensor | None, reduce: Reduce) -> Any:
+    def _weights(self, call: AttentionCall, weights: Tensor | None, reduce: Reduce | Callable[[Tensor], Tensor]) -> Any:
         n, m = call.q.shape[2], call.k.shape[2]
         rows = None if self.rows is None else [row % n for row in self.rows] if n > 1 else [0]
         if reduce == "last_row":
             rows = [n - 1]
         chosen = list(range(call.q.shape[1])) if self.heads is None else list(self.heads)
+        if callable(reduce):
+            return reduce((call.weights() if weights is None else weights)[:, chosen])
         if (
             weights is None
             and not self.grads
@@ -311,17 +396,24 @@ class _Recorder:
         entropy = mean.lse - call.scale * (call.q.float() * mean.out.float()).sum(-1)
         return entropy.masked_fill(mean.lse == float("-inf"), 0.0).clamp(min=0)
 
-    def _put(self, kind: str, layer: int, step: Step, value: Any) -> None:
-        for tensor in value if isinstance(value, tuple) else (value,):
-            if isinstance(tensor, Tensor):
-                self._room(tensor.nbytes)
-                self.held += tensor.nbytes
-                if self.grads and tensor.requires_grad:
-                    tensor.retain_grad()
+    def _put(self, kind: str, layer: int, step: int, value: Any) -> None:
+        if isinstance(value, Top):
+            value = Top(self._held(value.weights), self._held(value.keys))
+        else:
+            value = tuple(map(self._held, value)) if isinstance(value, tuple) else self._held(value)
+        self.tape._values[kind, layer, step] = value
+
+    def _held(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         if not self.grads:
-            value = tuple(v.detach() for v in value) if isinstance(value, tuple) else value
-            value = value.detach() if isinstance(value, Tensor) else value
-        self.tape._values[kind, layer, step.index] = value
+            device, dtype = self.kept
+            x = x.detach().to(device=device, dtype=dtype if x.is_floating_point() else None)
+        elif x.requires_grad:
+            x.retain_grad()
+        self._room(x.nbytes)
+        self.held += x.nbytes
+        return x
 
     def _room(self, needed: int) -> None:
         if self.held + needed > self.limit:
@@ -329,6 +421,15 @@ class _Recorder:
                 f"the tape would hold more than {self.limit / 2**30:.1f} GiB: keep fewer layers=, heads= or rows=, or "
                 'what is kept of weights by reduce="column_sum", "entropy", "top_k"; or raise limit_bytes='
             )
+
+
+def _places(modules: Mapping[str, nn.Module], stack: Any) -> dict[str, tuple[str, int]]:
+    """Which modules give out what stands at a site: name -> (kind, layer)."""
+    sites = {} if stack.final is None else {stack.final: ("final", 0)}
+    for layer in stack.layers:
+        own = {layer.module: "resid_post", layer.attn_out: "attn_out", layer.mlp_out: "mlp_out"}
+        sites |= {module: (kind, layer.index) for module, kind in own.items() if module is not None}
+    return {name: sites[module] for name, module in modules.items() if module in sites}
 
 
 def _reduced(weights: Tensor, reduce: Reduce, count: int) -> Any:

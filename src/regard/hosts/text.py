@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
 from regard.contract.errors import OptionError, ShapeError, Unsupported
+from regard.contract.optional import need
 
 Span = tuple[int, int]
 # words with their hyphens and apostrophes, and runs of other signs
@@ -43,6 +45,18 @@ class Inserted:
 
     tokens: Tokens
     span: Span
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in a model's folder. Raises OptionError where there is none; MissingExtra without transformers."""
+    try:
+        found = need("transformers", "hf").AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{folder} has no tokenizer: save the model's own there") from error
+    # of some families one without vocabulary is made where there are no files
+    if len(found.get_vocab()) <= len(found.added_tokens_decoder) + 1:
+        raise OptionError(f"{folder} has no tokenizer: save the model's own there")
+    return found
 
 
 def cut(tokenizer: Any, text: str, *, special: bool = True) -> Tokens:

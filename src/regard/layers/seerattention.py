@@ -150,24 +150,17 @@ def seer_select(
     least 1, the own block one of them. threshold: keep blocks of at least this softmax weight, at least 0. One of the
     two. dense_last: so many last rows of blocks keep all. Raises OptionError.
     """
-    if (ratio is None) is (threshold is None):
-        raise OptionError("blocks are chosen by ratio= or by threshold=: give one of them")
-    if dense_last < 0:
-        raise OptionError(f"dense_last is a number of rows of blocks, at least 0, not {dense_last}")
+    check_choice(ratio, threshold, dense_last)
     count = logits.shape[-1]
     causal = _causal_blocks(count, logits.device)
     own = torch.eye(count, dtype=torch.bool, device=logits.device)
     visible = causal & ~torch.isneginf(logits)
     if ratio is not None:
-        if not 0 < ratio <= 1:
-            raise OptionError(f"ratio is a share of the blocks in (0, 1], not {ratio}")
         # 1e-9: 1 - sqrt(0.64) times 5 is 0.9999999999999998 in floats
         kept = max(int((1 - (1 - ratio) ** 0.5) * count + 1e-9), 1)
         best = logits.masked_fill(own, float("inf")).topk(kept, -1).indices
         chosen = torch.zeros_like(visible).scatter(-1, best, True)
     elif threshold is not None:
-        if threshold < 0:
-            raise OptionError(f"threshold is a weight, at least 0, not {threshold}")
         chosen = Softmax()(logits.to(accumulator(logits.dtype)), visible, None) >= threshold
     last = torch.arange(count, device=logits.device)[:, None] >= count - dense_last
     chosen = ((chosen | last) & visible) | own
@@ -175,6 +168,18 @@ def seer_select(
     indices = torch.where(chosen, slot, count).sort(-1).values
     indices = indices.masked_fill(indices == count, -1)[..., : int(chosen.sum(-1).max())]
     return BlockSelection(block, block, indices, force=Blocks(block), within=Causal())
+
+
+def check_choice(ratio: float | None, threshold: float | None, dense_last: int) -> None:
+    """Raise OptionError for settings by which no blocks can be chosen."""
+    if (ratio is None) is (threshold is None):
+        raise OptionError("blocks are chosen by ratio= or by threshold=: give one of them")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise OptionError(f"ratio is a share of the blocks in (0, 1], not {ratio}")
+    if threshold is not None and threshold < 0:
+        raise OptionError(f"threshold is a weight, at least 0, not {threshold}")
+    if dense_last < 0:
+        raise OptionError(f"dense_last is a number of rows of blocks, at least 0, not {dense_last}")
 
 
 def _pooled(x: Tensor, block: int, pools: tuple[str, ...], valid: Tensor | None) -> tuple[Tensor, Tensor]:

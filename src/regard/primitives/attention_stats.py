@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from regard.contract.errors import OptionError
+
 
 def column_means(weights: Tensor, visible: Tensor | None = None) -> Tensor:
     """How much each key gets on average from the rows that may see it: (…, N, M) -> (…, M), float32 at least.
@@ -26,6 +28,13 @@ def column_sinks(means: Tensor, bar: float | Tensor) -> Tensor:
     """
     above = means > bar
     return above & (above.long().cumsum(-1) > 1)
+
+
+def sink_bar(tokens: Tensor, alpha: float | None, threshold: float | None) -> Tensor:
+    """What a sink gets more than: alpha / tokens, or the threshold itself with alpha=None. Raises OptionError."""
+    if (alpha is None) == (threshold is None):
+        raise OptionError("give alpha=, a multiple of 1 / N, or threshold=, a mean weight, with alpha=None")
+    return torch.tensor(threshold, dtype=torch.float64) if alpha is None else alpha / tokens
 
 
 def layer_similarity(weights: Tensor, valid: Tensor | None = None) -> Tensor:

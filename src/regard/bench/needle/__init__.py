@@ -1,4 +1,4 @@
-"""What interventions cost and keep: notes asked for at every length and depth, with the cache as it is then.
+"""What interventions cost and keep: what is hidden is asked for at every length and depth, with the cache as it is then.
 
-`measure.py` times and scores, `page.py` shows; `regard needle` is the command.
+`cases.py` hides and scores, `ways.py` reads interventions, `measure.py` asks and times, `page.py` shows; `regard needle`.
 """

@@ -13,13 +13,12 @@ from regard.contract.optional import need
 
 
 def write_page(lines: Sequence[dict[str, Any]], model: str, path: Path) -> None:
-    """Write the page of a results file's lines. Raises MissingExtra without jinja2 and plotly, WriteError."""
+    """Write the page of what `measure` found. Raises MissingExtra without jinja2 and plotly, WriteError."""
     jinja2, offline = need("jinja2", "bench"), need("plotly.offline", "bench")
-    cells = [line for line in lines if line["kind"] == "needle"]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = environment.from_string((files("regard.bench.needle") / "page.html.j2").read_text(encoding="utf-8"))
     page = template.render(
-        model=model, rows=summary(cells), figures=_maps(cells), facts=cells[0] if cells else None,
+        model=model, rows=summary(lines), figures=_maps(lines), facts=lines[0] if lines else None,
         plotly=offline.get_plotlyjs(),
     )  # fmt: skip
     write_atomically(path, page.encode())

@@ -69,6 +69,14 @@ class NeedleCase:
     length: int
     depth: float
 
+    def right(self, given: str | Sequence[int]) -> bool:
+        """Whether an answer holds the case's own, word for word or token for token."""
+        wanted = self.answer
+        if isinstance(given, str) or isinstance(wanted, str):
+            return isinstance(given, str) and isinstance(wanted, str) and wanted in given
+        n = len(wanted)
+        return any(tuple(given[i : i + n]) == wanted for i in range(len(given) - n + 1))
+
 
 @dataclass(frozen=True)
 class NeedleText:
@@ -282,7 +290,7 @@ def needle_cases(
     needles = magic_numbers(3) if needles is None else needles
     if not needles or not lengths or not depths or not all(0 <= depth <= 1 for depth in depths):
         raise OptionError("give at least one length, one needle and one depth, and depths of 0 to 1")
-    text = _reference() if haystack is None else haystack
+    text = language_reference() if haystack is None else haystack
     if not text.strip():
         raise OptionError("the haystack is empty")
     # every token stands for a character at least, unless it is of the tokenizer's own
@@ -326,13 +334,13 @@ class NeedleGrid:
 
 
 def needle_grid(answer: Callable[[NeedleCase], str | Sequence[int]], cases: Sequence[NeedleCase]) -> NeedleGrid:
-    """Ask for every case and grade: right is an answer that holds the case's own, word for word or token for token."""
+    """Ask for every case and grade: right is an answer that holds the case's own."""
     lengths, depths = sorted({c.length for c in cases}), sorted({c.depth for c in cases})
     right, asked = torch.zeros(len(lengths), len(depths)), torch.zeros(len(lengths), len(depths))
     for case in cases:
         place = lengths.index(case.length), depths.index(case.depth)
         asked[place] += 1
-        right[place] += _holds(answer(case), case.answer)
+        right[place] += case.right(answer(case))
     return NeedleGrid(tuple(lengths), tuple(depths), right / asked)
 
 
@@ -352,15 +360,9 @@ def greedy_answers(model: Any, tokenizer: Any = None, *, tokens: int = 32) -> Ca
     return answer
 
 
-def _holds(given: str | Sequence[int], wanted: str | tuple[int, ...]) -> bool:
-    if isinstance(given, str) or isinstance(wanted, str):
-        return isinstance(given, str) and isinstance(wanted, str) and wanted in given
-    n = len(wanted)
-    return any(tuple(given[i : i + n]) == wanted for i in range(len(given) - n + 1))
-
-
 @lru_cache(maxsize=1)
-def _reference() -> str:
+def language_reference() -> str:
+    """The text of Python's own language reference, as it comes with this Python."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

@@ -39,6 +39,9 @@ CARD = ExplanationCard(
         "circuit_overlap",
         "CircuitOverlap",
     ),
+    reads="llama",
+    takes={"model": "model", "clean": "ids", "corrupt": "other ids", "metric": "metric"},
+    figure=True,
     builds_on=("maps",),
 )
 
@@ -69,11 +72,11 @@ class PatchEffects:
 
     def top(self, count: int) -> list[tuple[int, int]]:
         """The (layer, column) of the largest effects of either sign, the largest first."""
-        return HeadMap(self.values.abs(), self.title).top(count)
+        return self._sizes().top(count)
 
     def heads(self, threshold: float) -> list[tuple[int, int]]:
         """Those whose effect is at least `threshold`, of either sign, the largest first."""
-        return [place for place in self.top(self.values.numel()) if self.values[place].abs() >= threshold]
+        return self._sizes().above(threshold)
 
     def figure(self) -> Any:
         """A plotly figure: layers down, heads or positions across; effects of both signs. Raises MissingExtra."""
@@ -82,6 +85,9 @@ class PatchEffects:
         figure.update_traces(colorscale="RdBu", zmin=-most, zmax=most)
         figure.update_xaxes(title=self.across)
         return figure
+
+    def _sizes(self) -> HeadMap:
+        return HeadMap(self.values.abs(), self.title)
 
 
 @dataclass(frozen=True, eq=False)

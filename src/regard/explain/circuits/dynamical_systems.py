@@ -34,6 +34,8 @@ CARD = ExplanationCard(
     paper="Understanding the differences in Foundation Models: Attention, State Space Models, and Recurrent Neural "
     "Networks",
     exports=("as_dynamical_system", "DSF", "selective_state_space", "gated_recurrence"),
+    reads="ops/linear",
+    takes={"system": "model", "x": "queries", "k": "queries"},
 )
 
 Step = Callable[[int, Tensor, Any], tuple[Tensor, Any]]

@@ -38,6 +38,9 @@ CARD = ExplanationCard(
         "last_layer_shift",
         "LastLayerShift",
     ),
+    reads="llama",
+    takes={"model": "model", "tape": "tape", "tokens": "next tokens"},
+    figure=True,
 )
 
 Sources = Literal["heads", "heads+resid"]

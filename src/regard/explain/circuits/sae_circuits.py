@@ -22,7 +22,7 @@ from torch import Tensor
 from regard.contract.card import ExplanationCard
 from regard.contract.errors import OptionError, ShapeError
 from regard.contract.optional import need
-from regard.explain.heads.maps import HeadMap
+from regard.explain.heads.maps import HeadMap, real_keys
 from regard.hosts.contributions import head_outputs
 from regard.hosts.tape import Tape
 
@@ -31,6 +31,10 @@ CARD = ExplanationCard(
     title="Circuits from discrete codes of heads",
     paper="Sparse Autoencoders Enable Scalable and Reliable Circuit Identification in Language Models",
     exports=("DiscreteSAE", "HeadCodes", "head_vectors", "circuit_roc", "CircuitROC"),
+    takes={"positives": "heads", "negatives": "other heads"},
+    calls="DiscreteSAE.fit",
+    options={"n_features": 12, "steps": 20},
+    figure=True,
     builds_on=("maps",),
 )
 
@@ -48,7 +52,7 @@ def head_vectors(model: Any, tape: Tape, *, reduce: Literal["mean", "last"] = "m
     found = []
     for layer in tape.layers("z"):
         heads = head_outputs(model, tape, layer).heads
-        real = _real(tape, heads)
+        real = real_keys(tape, *heads.shape[:2]).to(heads.device)
         if reduce == "mean":
             found.append((heads * real[..., None, None]).sum(1) / real.sum(1)[:, None, None])
         else:
@@ -251,14 +255,6 @@ def circuit_roc(scores: Tensor, truth: Tensor | Iterable[tuple[int, int]]) -> Ci
     above = values >= thresholds[:, None]
     true, false = (above & mine).sum(1) / inside, (above & ~mine).sum(1) / (known.numel() - inside)
     return CircuitROC(false, true, thresholds, float(torch.trapezoid(true.double(), false.double())))
-
-
-def _real(tape: Tape, heads: Tensor) -> Tensor:
-    """bool (B, N): the tokens that are no pads."""
-    padding = tape.meta.get("padding")
-    if padding is None:
-        return torch.ones(heads.shape[:2], dtype=torch.bool, device=heads.device)
-    return padding.to(heads.device)
 
 
 def _codes(x: Tensor, weights: SAEWeights) -> Tensor:

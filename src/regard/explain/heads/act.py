@@ -15,7 +15,7 @@ from regard.contract.card import ExplanationCard
 from regard.contract.errors import OptionError, ShapeError
 from regard.contract.optional import need
 from regard.hosts.tape import Tape
-from regard.primitives.attention_stats import column_means, column_sinks
+from regard.primitives.attention_stats import column_means, column_sinks, sink_bar
 
 CARD = ExplanationCard(
     slug="act",
@@ -24,6 +24,10 @@ CARD = ExplanationCard(
     paper="Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through "
     "Attention Calibration",
     exports=("find_sinks", "read_sinks", "SinkReading"),
+    reads="llama",
+    takes={"tape": "tape"},
+    calls="read_sinks",
+    figure=True,
 )
 
 
@@ -62,7 +66,7 @@ def find_sinks(weights: Tensor, *, alpha: float | None = 5.0, threshold: float |
     """
     if weights.dim() != 2:
         raise ShapeError(f"find_sinks takes the weights (N, M) of one head, not {tuple(weights.shape)}; see read_sinks")
-    bar = _bar(alpha, threshold, torch.tensor(weights.shape[1]))
+    bar = sink_bar(torch.tensor(weights.shape[1]), alpha, threshold)
     return column_sinks(column_means(weights), bar).nonzero().flatten().tolist()
 
 
@@ -81,12 +85,6 @@ def read_sinks(tape: Tape, *, alpha: float | None = 5.0, threshold: float | None
     real = real.to(weights.device)
     seen = real[:, -n:, None] & real[:, None, :] & torch.ones(n, m, dtype=torch.bool, device=real.device).tril(m - n)
     means = column_means(weights, seen[None, :, None])
-    bar = _bar(alpha, threshold, real.sum(-1))
+    bar = sink_bar(real.sum(-1), alpha, threshold)
     sinks = column_sinks(means, bar if bar.dim() == 0 else bar[None, :, None, None])
     return SinkReading(means, sinks, tuple(layers))
-
-
-def _bar(alpha: float | None, threshold: float | None, tokens: Tensor) -> Tensor:
-    if (alpha is None) == (threshold is None):
-        raise OptionError("give alpha=, a multiple of 1 / N, or threshold=, a mean weight, with alpha=None")
-    return alpha / tokens if alpha is not None else torch.tensor(threshold)

@@ -23,6 +23,9 @@ CARD = ExplanationCard(
     part_of="echoatt",
     paper="EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Models",
     exports=("attention_similarity", "propose_blocks", "LayerSimilarity"),
+    reads="llama",
+    takes={"tape": "tape"},
+    figure=True,
 )
 
 

@@ -24,6 +24,10 @@ CARD = ExplanationCard(
     slug="kinds",
     title="Induction, duplicate-token and previous-token heads",
     exports=("head_kinds", "HeadKinds"),
+    reads="llama",
+    takes={"model": "model"},
+    options={"period": 8, "rows": 2},
+    figure=True,
     builds_on=("maps",),
     baseline=True,
 )
@@ -46,8 +50,7 @@ class HeadKinds:
 
     def heads(self, kind: Kind, *, threshold: float = 0.4) -> list[tuple[int, int]]:
         """The (layer, head) of a kind with at least `threshold`, the surest first. Raises OptionError."""
-        values = self._of(kind)
-        return [place for place in HeadMap(values, kind).top(values.numel()) if values[place] >= threshold]
+        return HeadMap(self._of(kind), kind).above(threshold)
 
     def figure(self) -> Any:
         """A plotly figure: the kinds beside each other, layers down, heads across. Raises MissingExtra."""

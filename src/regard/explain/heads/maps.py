@@ -25,6 +25,9 @@ CARD = ExplanationCard(
     slug="maps",
     title="Views of heads: tables, sinks, entropies",
     exports=("head_view", "HeadView", "sink_map", "entropy_map", "HeadMap"),
+    reads="llama",
+    takes={"source": "tape"},
+    figure=True,
     baseline=True,
 )
 
@@ -121,7 +124,7 @@ def head_view(
     batch, _, n, m = next(iter(found.values())).shape
     if not -batch <= row < batch:
         raise OptionError(f"row is {row}; the batch has {batch}")
-    valid = torch.ones(m, dtype=torch.bool) if tape is None else _valid(tape, batch, m)[row]
+    valid = torch.ones(m, dtype=torch.bool) if tape is None else real_keys(tape, batch, m)[row]
     # in self-attention the queries are the last of the keys, however many came before
     rows = valid[m - n :] if n <= m and key_tokens is None else torch.ones(n, dtype=torch.bool)
     ids = None if tape is None else tape.meta.get("ids")
@@ -152,6 +155,10 @@ class HeadMap:
         places = flat.argsort(descending=True, stable=True)[:count].tolist()
         return [divmod(place, self.values.shape[1]) for place in places]
 
+    def above(self, threshold: float) -> list[tuple[int, int]]:
+        """The (layer, head) with at least `threshold`, the largest first."""
+        return [place for place in self.top(self.values.numel()) if self.values[place] >= threshold]
+
     def figure(self) -> Any:
         """A plotly figure: layers down, heads across. Raises MissingExtra."""
         go = need("plotly.graph_objects", "explain")
@@ -178,7 +185,7 @@ def sink_map(tape: Tape, *, count: int = 1, step: int = 0) -> HeadMap:
         raise OptionError(f"the tape holds the mass on the first {tape.meta['count']} keys, not on {count}")
     values = []
     for x in found:
-        valid = _valid(tape, len(x), x.shape[2]).to(x.device)
+        valid = real_keys(tape, len(x), x.shape[2]).to(x.device)
         place = valid.long().cumsum(-1)
         if whole:
             # the first keys of a text that are real
@@ -195,11 +202,11 @@ def entropy_map(tape: Tape, *, step: int = 0) -> HeadMap:
     tape: with full weights or with "entropy". 0 is a head that looks at one key at a time. Raises OptionError.
     """
     found, whole = _read(tape, "entropy", step)
-    values = [_mean(entropy(x) if whole else x, _valid(tape, len(x), x.shape[2]).to(x.device)) for x in found]
+    values = [_mean(entropy(x) if whole else x, real_keys(tape, len(x), x.shape[2]).to(x.device)) for x in found]
     return HeadMap(torch.stack(values), "entropy of the weights", "nats")
 
 
-def _valid(tape: Tape, batch: int, keys: int) -> Tensor:
+def real_keys(tape: Tape, batch: int, keys: int) -> Tensor:
     """Which keys are no pads, bool (B, M); tokens that are decoded after a prompt are none."""
     padding = tape.meta.get("padding")
     if padding is None:

@@ -38,6 +38,9 @@ CARD = ExplanationCard(
     part_of="moa",
     title="What windows of heads are worth, and a plan of them",
     exports=("attention_influence", "fit_moa", "moa_front", "predicted_loss", "Influence"),
+    reads="sequence",
+    takes={"model": "model", "batches": "answered ids"},
+    options={"block": 4},
 )
 
 Layer: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -29,11 +29,19 @@ CARD = ExplanationCard(
     title="Retrieval heads",
     paper="Retrieval Head Mechanistically Explains Long-Context Factuality",
     exports=("retrieval_scores", "HeadScores", "RecallCase", "token_recall"),
+    reads="llama",
+    takes={"model": "model", "cases": "cases"},
+    options={"tokenizer": None, "tokens": 16},
+    figure=True,
     builds_on=("maps",),
 )
 
 Count = Literal["set", "steps"]
 Accept = Callable[[Sequence[int], Sequence[int]], bool]
+
+
+class NotRecalled(RegardError):
+    """No answer recalled its needle, so nothing says where needles are fetched."""
 
 
 class Case(Protocol):
@@ -76,7 +84,7 @@ class HeadScores:
     @property
     def heads(self) -> list[tuple[int, int]]:
         """The retrieval heads, (layer, head), the best first."""
-        return [place for place in self.top(self.scores.numel()) if self.scores[place] >= self.threshold]
+        return self._map().above(self.threshold)
 
     @property
     def blind(self) -> list[int]:
@@ -159,7 +167,7 @@ def retrieval_scores(
     `RecallCase`. threshold: of a retrieval head. count: "set" or "steps", see the head of this file. top: how many of the
     largest weights count as looked at. tokens: longest answer. stop: ids that end it, beside the model's own. accept(answer,
     needle): whether a case counts. batch: cases at a time, padded on the left. Raises OptionError: a needle that is not in the
-    prompt, a model that samples; RegardError where no case counts; Unsupported.
+    prompt, a model that samples; NotRecalled where no case counts; Unsupported.
     """
     if count not in ("set", "steps"):
         raise OptionError(f'count is "set" or "steps", not {count!r}')
@@ -181,7 +189,7 @@ def retrieval_scores(
         accept(each.answer, ids[slice(*needle)].tolist()) for each, (ids, needle) in zip(answered, read, strict=True)
     ]
     if not any(recalled):
-        raise RegardError(
+        raise NotRecalled(
             f"none of the {len(cases)} answers recalls its needle, so nothing says where it is fetched: try shorter "
             "prompts, or another accept="
         )

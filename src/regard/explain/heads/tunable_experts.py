@@ -19,6 +19,9 @@ CARD = ExplanationCard(
     part_of="tunable_experts",
     title="Expert usage",
     exports=("expert_usage", "expert_contrast", "ExpertContrast"),
+    reads="mixtral",
+    takes={"model": "model", "prompts": "prompts"},
+    options={"where": "answer", "tokens": 4},
 )
 
 

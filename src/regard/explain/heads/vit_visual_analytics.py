@@ -46,6 +46,10 @@ CARD = ExplanationCard(
         "PatternMap",
         "vit_page",
     ),
+    reads="vit_classifier",
+    takes={"model": "model", "batches": "labelled images"},
+    options={"metrics": ("prob", "kl"), "mode": "mean"},
+    figure=True,
     builds_on=("maps",),
 )
 

@@ -1,8 +1,8 @@
 """What every head of a model does with one input, on one page that opens offline.
 
-Sinks, entropies and kinds of heads as maps of layers and heads; a click on a head shows its weights between all tokens.
-The weights lie in the page, each in one byte by its square root (so 1/65025 is the least that shows), packed; the browser
-unpacks a head when it is asked for.
+Sinks, entropies, kinds of heads and retrieval heads as maps of layers and heads; a click on a head shows its weights between
+all tokens. The weights lie in the page, each in one byte by its square root (so 1/65025 is the least that shows), packed; the
+browser unpacks a head when it is asked for.
 """
 
 from __future__ import annotations
@@ -19,20 +19,27 @@ import torch
 from torch import Tensor
 
 from regard.contract.card import ExplanationCard
-from regard.contract.errors import OptionError
+from regard.contract.errors import OptionError, Unsupported
 from regard.contract.optional import need
-from regard.explain.heads.kinds import HeadKinds, head_kinds
+from regard.explain.heads.kinds import HeadKinds, Kind, head_kinds
 from regard.explain.heads.maps import HeadMap, entropy_map, sink_map
+from regard.explain.heads.retrieval_heads import Case, HeadScores, NotRecalled, retrieval_scores
 from regard.hosts.tape import record
 
 CARD = ExplanationCard(
     slug="overview",
     title="All heads of a model on one page",
     exports=("overview", "Overview"),
-    builds_on=("maps", "kinds"),
+    reads="llama",
+    takes={"model": "model", "inputs": "one row"},
+    figure=True,
+    builds_on=("maps", "kinds", "retrieval_heads"),
     baseline=True,
 )
 
+_KINDS: dict[Kind, str] = {
+    "previous": "previous-token heads", "duplicate": "duplicate-token heads", "induction": "induction heads",
+}  # fmt: skip
 # tokens beyond which the tables between them are left out of the page
 _TABLES = 768
 
@@ -42,8 +49,9 @@ class Overview:
     """What was read of one input.
 
     name: of the model; parameters: how many. tokens: (N), as they are called. sinks, entropies: (L, H) maps. kinds: of heads,
-    None for models that read no text or look ahead. weights: (L, H, N, N) of the input, or None where it is too long.
-    grid: (height, width, tokens before the grid) of an image.
+    None for models that read no text or look ahead. retrieval: scores of heads, or None, and `told` says why or of how many
+    needles. weights: (L, H, N, N) of the input, or None where it is too long. grid: (height, width, tokens before the grid)
+    of an image.
     """
 
     name: str
@@ -52,11 +60,14 @@ class Overview:
     sinks: HeadMap
     entropies: HeadMap
     kinds: HeadKinds | None
+    retrieval: HeadScores | None
+    told: str
     weights: Tensor | None
     grid: tuple[int, int, int] | None = None
 
     def summary(self) -> dict[str, Any]:
-        """The figures as plain data: sizes, the strongest sinks, the mean entropy, the heads of each kind."""
+        """The figures as plain data: sizes, the strongest sinks, the mean entropy, the heads of each kind, and retrieval
+        heads or why there are none."""
         layers, heads = self.sinks.values.shape
         found: dict[str, Any] = {
             "model": self.name, "parameters": self.parameters, "layers": layers, "heads": heads,
@@ -65,8 +76,10 @@ class Overview:
             "mean_entropy_nats": round(float(self.entropies.values.nanmean()), 3),
         }  # fmt: skip
         if self.kinds is not None:
-            found["kinds"] = {kind: self.kinds.heads(kind) for kind in ("previous", "duplicate", "induction")}
-        return found
+            found["kinds"] = {kind: self.kinds.heads(kind) for kind in _KINDS}
+        if self.retrieval is not None:
+            found["retrieval_heads"] = self.retrieval.heads
+        return found | {"retrieval": self.told}
 
     def figure(self) -> Any:
         """The map of entropies; the whole is `write`. Raises MissingExtra."""
@@ -82,23 +95,33 @@ class Overview:
             {"title": "entropy of the weights", "unit": "nats", "most": None, "values": _rows(self.entropies.values)},
         ]
         if self.kinds is not None:
-            for kind in ("previous", "duplicate", "induction"):
+            for kind, title in _KINDS.items():
                 values = _rows(getattr(self.kinds, kind))
-                maps.append({"title": f"{kind}-token heads", "unit": "", "most": 1.0, "values": values})
+                maps.append({"title": title, "unit": "", "most": 1.0, "values": values})
+        if self.retrieval is not None:
+            maps.append({"title": "retrieval scores", "unit": "", "most": 1.0, "values": _rows(self.retrieval.scores)})
         page = environment.from_string(text).render(
-            facts=self.summary(), maps=maps, tokens=list(self.tokens), grid=self.grid, tables=_packed(self.weights),
-            plotly=offline.get_plotlyjs(),
+            facts=self.summary(), kinds=_KINDS, maps=maps, tokens=list(self.tokens), grid=self.grid,
+            tables=_packed(self.weights), plotly=offline.get_plotlyjs(),
+            threshold=None if self.retrieval is None else self.retrieval.threshold,
         )  # fmt: skip
         Path(path).write_text(page, encoding="utf-8")
 
 
 def overview(
-    model: Any, inputs: Mapping[str, Tensor] | Tensor, tokens: Sequence[str] | None = None, *, kinds: bool = True
+    model: Any,
+    inputs: Mapping[str, Tensor] | Tensor,
+    tokens: Sequence[str] | None = None,
+    *,
+    kinds: bool = True,
+    needles: Sequence[Case] = (),
+    answer: int = 32,
 ) -> Overview:
     """Read every head of a model on one input without pads.
 
     inputs: the model's keywords or ids, one row. tokens: what to call them, ids if None. kinds: whether language models are
-    also read on random tokens that come twice. Raises OptionError, ShapeError, Unsupported.
+    also read on random tokens that come twice. needles: prompts of ids to find retrieval heads by, see `RecallCase`; answer:
+    tokens that a model may write to each. Raises OptionError, ShapeError, Unsupported.
     """
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
     first = next(iter(given.values()))
@@ -114,20 +137,36 @@ def overview(
     weights = None if long else tape.stack("weights")[:, 0]
     count = length if weights is None else weights.shape[-1]
     causal = weights is not None and bool((weights[0].triu(1) == 0).all())
-    told = None
+    of_heads = None
     if (
         kinds
         and causal
         and "input_ids" in given
         and getattr(model, "get_output_embeddings", lambda: None)() is not None
     ):
-        told = head_kinds(model)
+        of_heads = head_kinds(model)
+    retrieval, told = _retrieval(model, needles, answer)
     names = _names(tokens, given.get("input_ids"), count)
     parameters = sum(p.numel() for p in model.parameters())
     grid = tape.meta.get("grid")
     if grid is not None and grid[0] * grid[1] + grid[2] != count:
         grid = None
-    return Overview(type(model).__name__, parameters, names, sinks, entropies, told, weights, grid)
+    return Overview(type(model).__name__, parameters, names, sinks, entropies, of_heads, retrieval, told, weights, grid)
+
+
+def _retrieval(model: Any, needles: Sequence[Case], answer: int) -> tuple[HeadScores | None, str]:
+    """(the scores, what is to be said of them)."""
+    if not getattr(model, "can_generate", lambda: False)():
+        return None, f"{type(model).__name__} writes no text, so it has no retrieval heads"
+    if not needles:
+        return None, "no needles were given, so retrieval heads were not looked for"
+    try:
+        found = retrieval_scores(model, None, needles, tokens=answer)
+    except NotRecalled:
+        return None, "the model did not recall any needle, so no head can be scored"
+    except Unsupported as error:
+        return None, str(error)
+    return found, f"{int(found.counted.sum())} of {len(needles)} needles were recalled"
 
 
 def _names(tokens: Sequence[str] | None, ids: Tensor | None, count: int) -> tuple[str, ...]:

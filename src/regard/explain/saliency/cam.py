@@ -9,17 +9,14 @@ written by hand: the tape knows how they lie, and what stands before them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from regard.contract.card import ExplanationCard
-from regard.contract.errors import OptionError, Unsupported
-from regard.hosts.plain import record_modules
-from regard.hosts.tape import record
-from regard.primitives.maps import Target, class_scores, enlarge, minmax, to_grid, token_grid
+from regard.contract.errors import Unsupported
+from regard.explain.saliency.places import Inputs, Site, places
+from regard.primitives.maps import Target, enlarge, minmax
 from regard.primitives.maps import gradcam as weigh
 
 CARD = ExplanationCard(
@@ -27,15 +24,15 @@ CARD = ExplanationCard(
     title="Class activation maps",
     paper="Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization",
     exports=("gradcam", "cam"),
+    reads="vit_classifier",
+    takes={"model": "model", "inputs": "images"},
     baseline=True,
 )
-
-Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "final"]
 
 
 def gradcam(
     model: Any,
-    inputs: Mapping[str, Any] | Tensor,
+    inputs: Inputs,
     target: Target = None,
     *,
     layer: int | str = -1,
@@ -54,17 +51,13 @@ def gradcam(
     holds instead of the model's own, see `token_grid`. upsample: bilinear, to this height and width. normalize: each map
     between 0 and 1. Gradients of the model's weights stay as they were. Raises OptionError, ShapeError, Unsupported.
     """
-    activation, gradient = _places(model, inputs, target, layer, site, grid, prefix_tokens)
-    if not bool(gradient.any()):
-        raise OptionError(
-            f"the target depends on no place at {_named(layer, site)}: it is read at another token; take an earlier layer"
-        )
-    return _finished(weigh(activation, gradient), upsample, normalize)
+    found = places(model, inputs, target, layer, site, grid, prefix_tokens).heard()
+    return _finished(weigh(found.activation, found.gradient), upsample, normalize)
 
 
 def cam(
     model: Any,
-    inputs: Mapping[str, Any] | Tensor,
+    inputs: Inputs,
     target: Target = None,
     *,
     layer: int | str = -1,
@@ -80,53 +73,16 @@ def cam(
     Arguments as of `gradcam`. Raises Unsupported where places differ in their gradient, so that the score is not linear in
     their mean.
     """
-    activation, gradient = _places(model, inputs, target, layer, site, grid, prefix_tokens)
+    found = places(model, inputs, target, layer, site, grid, prefix_tokens)
+    gradient = found.gradient
     spread = (gradient - gradient.mean((2, 3), keepdim=True)).abs().amax()
-    if not bool(gradient.any()) or float(spread) > 1e-3 * float(gradient.abs().amax()):
+    if found.silent or float(spread) > 1e-3 * float(gradient.abs().amax()):
         raise Unsupported(
-            f"{type(model).__name__} does not read the mean over places at {_named(layer, site)}, as class activation maps "
+            f"{type(model).__name__} does not read the mean over places at {found.name}, as class activation maps "
             "require; gradcam takes any model"
         )
     patches = gradient.shape[2] * gradient.shape[3]
-    return _finished((activation * gradient).sum(1, keepdim=True) * patches, upsample, normalize)
-
-
-def _places(
-    model: Any,
-    inputs: Mapping[str, Any] | Tensor,
-    target: Target,
-    layer: int | str,
-    site: str,
-    grid: tuple[int, int] | None,
-    prefix_tokens: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Activations of the places of an image and gradients of the target there, both (B, C, h, w)."""
-    if isinstance(layer, str):
-        tape = record_modules(model, inputs, (layer,), grads=True)
-        x = tape[layer, 0]
-    else:
-        given = {"pixel_values": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-        # so that there are gradients in a model whose weights are frozen
-        given = {name: value.detach().requires_grad_() if _floats(value) else value for name, value in given.items()}
-        tape = record(model, given, sites=(site,), layers=(layer,), grads=True)
-        x = tape[site, 0 if site == "final" else layer]
-    with torch.enable_grad():
-        # rows do not mix, so that the sum keeps their gradients apart
-        score = class_scores(tape.output, target)[0].sum()
-        (gradient,) = torch.autograd.grad(score, x, allow_unused=True)
-    x, gradient = x.detach().float(), torch.zeros_like(x) if gradient is None else gradient.float()
-    if x.dim() == 4:
-        return x, gradient
-    where = token_grid(x.shape[1], tape.meta.get("grid"), grid=grid, prefix_tokens=prefix_tokens)
-    return to_grid(x, where), to_grid(gradient, where)
-
-
-def _named(layer: int | str, site: str) -> str:
-    return repr(layer) if isinstance(layer, str) else f"{site} of layer {layer}"
-
-
-def _floats(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+    return _finished((found.activation * gradient).sum(1, keepdim=True) * patches, upsample, normalize)
 
 
 def _finished(maps: Tensor, upsample: tuple[int, int] | None, normalize: bool) -> Tensor:

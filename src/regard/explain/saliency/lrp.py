@@ -34,6 +34,9 @@ CARD = ExplanationCard(
     paper="Beyond saliency: understanding convolutional neural networks from saliency prediction on layer-wise relevance "
     "propagation",
     exports=("lrp", "Relevance"),
+    reads="cnn",
+    takes={"model": "model", "x": "images"},
+    figure=True,
     builds_on=("map_view",),
 )
 

@@ -16,6 +16,8 @@ CARD = ExplanationCard(
     slug="map_view",
     title="Views of saliency maps",
     exports=("map_view", "MapView"),
+    takes={"maps": "maps"},
+    figure=True,
     baseline=True,
 )
 

@@ -28,6 +28,9 @@ CARD = ExplanationCard(
     part_of="normgrad",
     paper="There and Back Again: Revisiting Backpropagation Saliency Methods",
     exports=("meta_saliency", "class_sensitivity", "ClassSensitivity"),
+    reads="cnn",
+    takes={"method": "method", "model": "model", "x": "images"},
+    options={"lr": 0.1},
 )
 
 Inputs = Mapping[str, Any] | Tensor

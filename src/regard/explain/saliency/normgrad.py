@@ -14,7 +14,7 @@ an absolute value; every row of a batch has a map of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,22 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.contract.card import ExplanationCard
-from regard.contract.errors import OptionError, ShapeError, Unsupported, near
-from regard.hosts.plain import record_modules
-from regard.hosts.tape import record
-from regard.primitives.maps import Target, class_scores, enlarge, minmax, to_grid, token_grid
+from regard.contract.errors import OptionError, near
+from regard.explain.saliency.places import Inputs, Site, places
+from regard.primitives.maps import Target, enlarge, minmax
 
 CARD = ExplanationCard(
     slug="normgrad",
     title="NormGrad: saliency as norms of spatial gradients",
     paper="There and Back Again: Revisiting Backpropagation Saliency Methods",
     exports=("normgrad", "saliency", "linear_approx", "identity_gradients", "combine_layers"),
+    reads="vit_classifier",
+    takes={"model": "model", "x": "images"},
+    options={"layer": 0},
 )
 
 Extract = Literal["conv1x1", "conv3x3", "depthwise3x3", "scaling", "bias"]
 Reduce = Literal["norm", "filter_norm", "sum", "max"]
-Site = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "final"]
-Inputs = Mapping[str, Any] | Tensor
 
 
 def normgrad(
@@ -104,8 +104,8 @@ def saliency(
     for name, value, kinds in (("extract", extract, get_args(Extract)), ("reduce", reduce, get_args(Reduce))):
         if value not in kinds:
             raise OptionError(f"{name}={value!r} is not known{near(value, kinds)}; there are {', '.join(kinds)}")
-    activation, gradient = _seen(model, x, target, layer, site, grid, prefix_tokens)
-    maps = _reduced(activation, gradient, extract, reduce)
+    found = places(model, x, target, layer, site, grid, prefix_tokens).heard()
+    maps = _reduced(found.activation, found.gradient, extract, reduce)
     maps = maps if upsample is None else enlarge(maps, upsample)
     return minmax(maps) if normalize else maps
 
@@ -149,42 +149,6 @@ def combine_layers(
     given = [1.0] * len(parts) if weights is None else list(weights)
     shares = [w / sum(given) for w in given] if how == "weighted" else given
     return torch.stack([part**share for part, share in zip(parts, shares, strict=True)]).prod(0)
-
-
-def _seen(
-    model: Any, x: Inputs, target: Target, layer: str | int, site: str, grid: tuple[int, int] | None,
-    prefix_tokens: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Activations at the layer and the gradients of the scores there, both (B, C, h, w), in float32 at least."""
-    if isinstance(layer, str):
-        tape = record_modules(model, x, (layer,), grads=True)
-        if tape.steps() != 1:
-            raise Unsupported(f"the module {layer!r} ran {tape.steps()} times in one pass; name one that runs once")
-        value, place = tape[layer, 0], f"the module {layer!r}"
-    else:
-        word = "pixel_values" if isinstance(x, Tensor) and x.is_floating_point() else "input_ids"
-        given = {word: x} if isinstance(x, Tensor) else x
-        tape = record(model, given, sites=(site,), layers=None if site == "final" else (layer,), grads=True)
-        value, place = tape[site, 0 if site == "final" else layer], f"{site} of layer {layer}"
-    scores, _ = class_scores(tape.output, target)
-    if not value.requires_grad:
-        raise Unsupported(
-            f"no gradient reaches {place}: let a weight before it require one, or give layer= by its name"
-        )
-    # rows do not mix, so that the sum keeps their gradients apart
-    gradient = torch.autograd.grad(scores.sum(), value, allow_unused=True)[0] if scores.requires_grad else None
-    pair = [value.detach(), torch.zeros_like(value) if gradient is None else gradient]
-    if value.dim() == 3 and (grid is not None or tape.meta.get("grid") is not None):
-        where = token_grid(value.shape[1], tape.meta.get("grid"), grid=grid, prefix_tokens=prefix_tokens)
-        pair = [to_grid(tensor, where) for tensor in pair]
-    elif value.dim() != 4:
-        raise ShapeError(
-            f"{place} gives {tuple(value.shape)}; a map needs (B, C, h, w), or tokens (B, N, C) and grid=(h, w)"
-        )
-    if not bool(pair[1].any()):
-        raise OptionError(f"the target depends on no place at {place}: take an earlier layer")
-    high = torch.promote_types(value.dtype, torch.float32)
-    return pair[0].to(high), pair[1].to(high)
 
 
 def _reduced(x: Tensor, g: Tensor, extract: Extract, reduce: Reduce) -> Tensor:

@@ -38,6 +38,8 @@ CARD = ExplanationCard(
         "merge_wordpieces",
         "MergedWords",
     ),
+    options={"tokens": ("a", "fine", "film", "but", "long"), "scores": (0.1, 0.9, 0.6, -0.2, -0.5), "label": "good"},
+    figure=True,
 )
 
 Method = Literal["span", "conv", "topk", "combined"]

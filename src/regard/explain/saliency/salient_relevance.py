@@ -31,6 +31,10 @@ CARD = ExplanationCard(
     paper="Beyond saliency: understanding convolutional neural networks from saliency prediction on layer-wise relevance "
     "propagation",
     exports=("salient_relevance", "SalientRelevance", "context_aware_saliency"),
+    reads="cnn",
+    takes={"model": "model", "x": "images"},
+    options={"patch": 3, "neighbours": 8},
+    figure=True,
     builds_on=("salient_relevance", "map_view"),
 )
 

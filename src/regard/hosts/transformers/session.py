@@ -7,7 +7,7 @@ takes it away, and the model is as before.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,6 +23,8 @@ from regard.contract.errors import OptionError, Unsupported
 from regard.hosts.transformers.anatomy import Anatomy, Layer, anatomy
 from regard.hosts.transformers.kept_layer import KeptLayer
 from regard.hosts.transformers.masks import LateMask, who_meets
+from regard.hosts.transformers.rotation import Rotations
+from regard.hosts.transformers.uncompiled import compiled_parts, run_as_written
 
 NAME = "regard"
 # what the effects' methods need of the model
@@ -37,6 +39,8 @@ _HARMLESS = {
 _KNOWN = {"s_aux", "position_bias", "softcap"}
 # what stood in an attribute that was not there
 _ABSENT = object()
+# parameters that stand before the patches of an image, a token in each row
+_BEFORE_GRID = {"cls_token", "class_embedding", "distillation_token", "register_tokens"}
 # families whose stack hands on as many tokens as it got, whatever its layers return
 _FIXED_LENGTH = {"gpt2"}
 
@@ -80,15 +84,23 @@ class TransformersSession(attach.Session):
         return _MODELS[self.model].anatomy if self.model in _MODELS else anatomy(self.model)
 
     def facts(self) -> dict[str, Any]:
-        """What a tape says of the model: heads, key_heads, layer_types, and the grid of an image model."""
+        """What a tape says of the model: heads, key_heads, head_dim, rotary_base (of layers that see all; None without
+        rotation), layer_types, and the grid of an image model."""
         config = self.model.config.get_text_config()
         heads = config.num_attention_heads
         facts = {"heads": heads, "key_heads": getattr(config, "num_key_value_heads", None) or heads}
+        # models whose stages differ have a list of heads, and no one width
+        whole = config.hidden_size // heads if isinstance(heads, int) else None
+        facts["head_dim"] = getattr(config, "head_dim", None) or whole
+        rope = getattr(config, "rope_parameters", None) or {}
+        facts["rotary_base"] = rope.get("full_attention", rope).get("rope_theta")
         facts["layer_types"] = getattr(config, "layer_types", None)
-        size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-        if isinstance(size, int) and isinstance(patch, int):
-            # the class token stands before the grid
-            facts["grid"] = (size // patch, size // patch, 1)
+        facts["image_token"] = getattr(self.model.config, "image_token_id", None)
+        image, patch = (sides(getattr(config, name, None)) for name in ("image_size", "patch_size"))
+        if image is not None and patch is not None:
+            names = self.model.named_parameters()
+            before = sum(p.numel() // p.shape[-1] for name, p in names if name.rpartition(".")[2] in _BEFORE_GRID)
+            facts["grid"] = (image[0] // patch[0], image[1] // patch[1], before)
         return facts
 
     def report(self) -> list[dict[str, Any]]:
@@ -100,6 +112,15 @@ class TransformersSession(attach.Session):
             held = (kept.positions_of_all() >= 0).sum(-1).float().mean(0)
             rows.append({"layer": layer, "seen": kept.seen, "kept": held.tolist(), "bytes": kept.nbytes})
         return rows
+
+
+def sides(size: Any) -> tuple[int, int] | None:
+    """(height, width) of a size in a config: a number, two of them, or names with numbers; None for anything else."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, Mapping) and {"height", "width"} <= size.keys():
+        return size["height"], size["width"]
+    return tuple(size) if isinstance(size, (list, tuple)) and len(size) == 2 else None
 
 
 def open_session(model: PreTrainedModel, interventions: Sequence[Any]) -> TransformersSession:
@@ -125,7 +146,10 @@ class Attached:
         self.cache: Cache | None = None
         self._hooks: list[Any] = []
         self._before: list[tuple[Any, str]] = []
+        self._compile_again: Callable[[], None] | None = None
         self._dropped: dict[int, Tensor] = {}
+        self._rotations = Rotations(_MODULES)
+        self._of_prompt = False
 
     @staticmethod
     def of(model: PreTrainedModel) -> Attached:
@@ -133,6 +157,10 @@ class Attached:
         if model not in _MODELS:
             _MODELS[model] = Attached(model)
         return _MODELS[model]
+
+    def __deepcopy__(self, memo: Any) -> Attached:
+        # copies of the model are refused when they run; what is alive around it is not copied with them
+        return self
 
     def add(self, session: attach.Session) -> None:
         """Let a session's interventions act. Raises Unsupported for a site that is missing or owned already."""
@@ -150,6 +178,9 @@ class Attached:
                 owned[site] = card.slug
             self._need(card.slug, card.sites)
             self.effects.append((session, given.start(session) if hasattr(given, "start") else given))
+        if self.effects:
+            for part, name, value in compiled_parts(session.outer):
+                session.change(part, name, value)
         self._lay()
 
     def remove(self, session: attach.Session) -> None:
@@ -188,6 +219,7 @@ class Attached:
 
     def _lay(self) -> None:
         """Lay the hooks that the effects in force need, and take away the others."""
+        own = vars(self.model)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -198,9 +230,18 @@ class Attached:
             for config, implementation in self._before:
                 config._attn_implementation_internal = implementation
             self._before = []
+        if self.effects and self._compile_again is None:
+            self._compile_again = run_as_written(self.model, self.anatomy.main.base)
         if not self.effects:
+            if self._compile_again is not None:
+                self._compile_again()
+                self._compile_again = None
+            if getattr(own.get("_prefill"), "__self__", None) is self:
+                del own["_prefill"]
             return
         main = self.anatomy.main
+        if "_prefill" not in own and hasattr(self.model, "_prefill"):
+            own["_prefill"] = self._read_prompt
         self._hooks.append(main.base.register_forward_pre_hook(self._begin, with_kwargs=True))
         if self.acting("on_z") and not self.model._can_set_attn_implementation():
             for layer in main.layers:
@@ -216,8 +257,16 @@ class Attached:
         if self.acting("on_tokens"):
             for layer in main.layers:
                 self._hooks.append(layer.module.register_forward_pre_hook(self._tokens_hook(layer), with_kwargs=True))
+        if any(getattr(effect, "needs_rotation", False) for _, effect in self.effects):
+            for layer in main.layers:
+                self._hooks.append(
+                    layer.attention.register_forward_pre_hook(self._rotation_hook(layer), with_kwargs=True)
+                )
         for site in dict.fromkeys(s for e in self.acting("on_hidden") for s in e.hidden_sites):
             self._lay_stream(site)
+        for effect in self.acting("on_module"):
+            for name, module in effect.modules.items():
+                self._hooks.append(module.register_forward_hook(_tells(effect, name)))
 
     # ---- attention
 
@@ -265,8 +314,9 @@ class Attached:
             positions = self._dropped[index].unsqueeze(1)
         call = self._call(module, q, k, v, mask, dropout, scaling, positions, more)
         call = replace(
-            call, place=place, kind=kind, layer=index, main=main, kept=kept, plain=plain if positions is None else None
-        )
+            call, place=place, kind=kind, layer=index, main=main, kept=kept, plain=plain if positions is None else None,
+            rotation=self._rotations.layers.get(index) if main else None,
+        )  # fmt: skip
         z, weights = self._through(call)
         return z.transpose(1, 2), theirs[0] if weights is None else weights
 
@@ -328,6 +378,15 @@ class Attached:
 
     # ---- cache and steps
 
+    def _read_prompt(self, *args: Any, is_first_iteration: bool = True, **kwargs: Any) -> Any:
+        """What generate runs to read a prompt, in one pass or in pieces; a last piece of one token is no decoding step."""
+        own: Any = type(self.model)
+        self._of_prompt = is_first_iteration
+        try:
+            return own._prefill(self.model, *args, is_first_iteration=is_first_iteration, **kwargs)
+        finally:
+            self._of_prompt = False
+
     def _begin(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the main stack runs: which step this is, and the cache as one that can be kept in part."""
         past = kwargs.get("past_key_values")
@@ -347,12 +406,14 @@ class Attached:
         start = own.get_seq_length() if own is not None else 0
         padding = kwargs.get("attention_mask")
         padding = padding.bool() if isinstance(padding, Tensor) and padding.dim() == 2 else None
-        decoding = start > 0 and tokens == 1
+        decoding = start > 0 and tokens == 1 and not self._of_prompt
         fresh = own is None or start == 0
+        # what a cache held before it came here is no pass of this sequence
+        first = fresh or (own is not self.cache and not decoding)
         if not decoding:
             self._dropped = {}
         self.step = Step(
-            index=0 if fresh else self.step.index + 1, phase="decode" if decoding else "prefill", start=start,
+            index=0 if first else self.step.index + 1, phase="decode" if decoding else "prefill", start=start,
             tokens=tokens, padding=padding, ids=ids, decoded=self.step.decoded + 1 if decoding and not fresh else 0,
         )  # fmt: skip
         self.cache = own
@@ -448,6 +509,14 @@ class Attached:
 
         return hook
 
+    def _rotation_hook(self, layer: Layer) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if layer.index in self._dropped:
+                raise Unsupported(f"layer {layer.index} lost tokens, so its rotation is not that of the sequence")
+            self._rotations.see(layer.index, self.step.start, module, args, kwargs)
+
+        return hook
+
     def _lay_stream(self, site: str) -> None:
         if site not in HIDDEN:
             raise OptionError(f"{site!r} is no stream between modules; they are {', '.join(HIDDEN)}")
@@ -525,6 +594,10 @@ def _kept(layer: DynamicLayer) -> KeptLayer:
     if layer.keys is not None and layer.values is not None and layer.keys.numel():
         made.update(layer.keys, layer.values)
     return made
+
+
+def _tells(effect: Any, name: str) -> Callable[..., None]:
+    return lambda module, args, output: effect.on_module(name, output)
 
 
 def _around(effect: Any, follow: Callable[[AttentionCall], Tensor]) -> Callable[[AttentionCall], Tensor]:

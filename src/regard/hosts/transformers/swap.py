@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from regard.contract import names
-from regard.contract.attach import AttentionCall, Session, open_session
+from regard.contract.attach import AttentionCall, Session, model_inside, open_session
 from regard.contract.card import InterventionCard, OpCard
 from regard.contract.catalogue import find
 from regard.contract.errors import OptionError, UnknownName, Unsupported
@@ -71,6 +71,7 @@ def swap(
     """
     if (pattern is None) == (mixer is None):
         raise OptionError("give pattern= or mixer=, one of them")
+    model = model_inside(model)
     stack = anatomy(model).main.layers
     chosen = tuple(range(len(stack))) if layers is None else tuple(layer % len(stack) for layer in layers)
     if pattern is not None:

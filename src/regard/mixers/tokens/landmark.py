@@ -2,10 +2,8 @@
 
     every (block + 1)-th token is a landmark; a step scores the landmarks in the cache, takes the topk blocks of each
     head, and attends to these and to the open block;  keys are kept before rotation
-    stingy places: with k = min(topk, blocks in the cache), retrieved blocks stand, in order, in the slots 0 … k
-    before the open block: slot t for the t-th, t + 1 if it is one of the last k; older landmarks are scored in slot 0
 
-so that a row never meets a distance beyond (k + 1) (block + 1) and the open block, however long the text is.
+With stingy places a row never meets a distance beyond topk + 1 blocks and the open one, however long the text is.
 Departs from the paper: none; one set of blocks for several rows is taken over the rows of one call in one block.
 """
 
@@ -19,11 +17,9 @@ from torch import Tensor
 
 from regard.contract.card import MixerCard
 from regard.contract.errors import OptionError, ShapeError, Unsupported
-from regard.engines.block_sparse import block_sparse
-from regard.engines.precision import accumulator, without_autocast
 from regard.layers.attention import Attention, check_tokens
 from regard.layers.caches import KVState, LandmarkState
-from regard.ops.landmark import landmark_attention, landmark_merge, own_block
+from regard.ops.landmark import landmark_attention, landmark_retrieve
 from regard.patterns import Causal
 from regard.primitives.positions import rope
 
@@ -164,49 +160,12 @@ class LandmarkAttention(Attention):
         self, q: Tensor, k: Tensor, v: Tensor, state: LandmarkState, topk: int
     ) -> tuple[Tensor, LandmarkState]:
         """Rows of one block: their own block, and the best ones of the cache."""
-        period, count = self.block + 1, state.landmarks.shape[2]
-        kept = min(topk, count)
-        # places are differences only: stingy ones count from the front of slot 0
-        begin = (kept + 1) * period if self.positions == "stingy" else count * period
-        inside = state.local.k.shape[2]
-        k_local, v_local = torch.cat((state.local.k, k), 2), torch.cat((state.local.v, v), 2)
-        q = self._turn(q, self._range(begin + inside, q))
-        own = block_sparse(
-            q, self._turn(k_local, self._range(begin, k_local)), v_local, own_block(self.block), q_offset=inside,
-            return_lse=True,
+        local = (torch.cat((state.local.k, k), 2), torch.cat((state.local.v, v), 2))
+        out = landmark_retrieve(
+            q, local, (state.memory.k, state.memory.v), state.landmarks, block=self.block, topk=topk,
+            positions=self.positions, retrieve=self.retrieve, move=lambda x, origin, places: self._turn(x, places),
         )  # fmt: skip
-        assert own.lse is not None
-        state = state.append(k, v, period)
-        if not kept:
-            return own.out, state
-        with without_autocast(q.device):
-            out = self._retrieve(q, own.out, own.lse, state, count, kept)
-        return out, state
-
-    def _retrieve(self, q: Tensor, own: Tensor, own_lse: Tensor, state: LandmarkState, count: int, kept: int) -> Tensor:
-        batch, heads, n, d = q.shape
-        kind, period, device = accumulator(q.dtype), self.block + 1, q.device
-        groups = self.kv_heads
-        by_group = q.to(kind).view(batch, groups, heads // groups, n, d) * d**-0.5
-        every = torch.arange(count, device=device)
-        slots = every if self.positions == "true" else (every - (count - kept) + 1).clamp(min=0)
-        landmarks = self._turn(state.landmarks[:, :, :count].to(kind), slots * period + self.block)
-        scores = (by_group @ landmarks[:, :, None].transpose(-1, -2)).reshape(batch, heads, n, count)
-        if self.retrieve == "call":
-            scores = torch.softmax(scores, -1).amax(2, keepdim=True)
-        best = scores.detach().topk(kept, -1).indices.sort(-1).values
-        slots = best
-        if self.positions == "stingy":
-            slots = torch.arange(kept, device=device) + (best >= count - kept)
-        places = (slots[..., None] * period + torch.arange(period, device=device)).flatten(3)
-        keys, values = (
-            _gather(x.unflatten(2, (-1, period)), best).to(device, kind) for x in (state.memory.k, state.memory.v)
-        )
-        keys = self._turn(keys.flatten(3, 4), places).unflatten(3, (kept, period))
-        scores = (keys @ (q.to(kind) * d**-0.5)[:, :, :, None, :, None]).squeeze(-1)
-        values = values[..., : self.block, :].expand(*scores.shape[:-1], -1, -1)
-        out, _ = landmark_merge(own.to(kind), own_lse, scores[..., : self.block], scores[..., self.block], values)
-        return out.to(own.dtype)
+        return out, state.append(k, v, self.block + 1)
 
     def _turn(self, x: Tensor, places: Tensor) -> Tensor:
         return rope(x, places, base=self.rotary_base) if self.rotary else x
@@ -220,14 +179,6 @@ class LandmarkAttention(Attention):
         for name, given in (("padding", padding), ("reset", reset)):
             if given is not None:
                 raise Unsupported(f"landmark counts blocks from the first token and takes no {name}; softmax does")
-
-
-def _gather(blocks: Tensor, index: Tensor) -> Tensor:
-    """Blocks (B, G, S, L, D) at index (B, H, R, K) -> (B, H, R, K, L, D)."""
-    batch, heads = index.shape[:2]
-    b = torch.arange(batch, device=blocks.device).view(-1, 1, 1, 1)
-    g = (torch.arange(heads, device=blocks.device) * blocks.shape[1] // heads).view(1, -1, 1, 1)
-    return blocks[b, g, index.to(blocks.device)]
 
 
 def insert_landmarks(ids: Tensor, block: int, landmark_id: int) -> Tensor:

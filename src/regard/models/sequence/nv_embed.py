@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.contract.attach import open_session
+from regard.contract.attach import model_inside, open_session
 from regard.contract.card import ModelCard
 from regard.contract.errors import OptionError, ShapeError, Unsupported
 from regard.contract.names import get
@@ -50,20 +50,28 @@ class TextTokens(NamedTuple):
 class TextEmbedder(nn.Module):
     """Token ids, or texts, to unit vectors (B, C) through a transformers model and a pool (section 3).
 
-    model: its head is left out, its weights are shared. tokenizer: a fast one, for texts. pool: "mean", "last", "latent"
-    (LatentAttentionPool), "multilayer" (MultiLayerPool), or a module that takes tokens as they do, with `dim`, and with
-    `num_layers` if it takes all layers. bidirectional: tokens see those after them, while the embedder runs; the model is
-    otherwise as it was. Raises OptionError, ShapeError; Unsupported for a model that cannot be bidirectional.
+    model: its head is left out, its weights and adapters (LoRA) are shared. tokenizer: a fast one, for texts. pool: "mean",
+    "last", "latent" (LatentAttentionPool), "multilayer" (MultiLayerPool), or a module that takes tokens as they do, with
+    `dim`, and with `num_layers` if it takes all layers. bidirectional: tokens see those after them, while the embedder runs;
+    the model is otherwise as it was. Raises OptionError, ShapeError; Unsupported for a model that cannot be bidirectional,
+    and for adapters that learn prompts.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any = None, pool: PoolName | nn.Module = "latent", bidirectional: bool = True
     ):
         super().__init__()
-        if not hasattr(model, "base_model") or not hasattr(model, "config"):
-            raise OptionError(f"the embedder stands on a model of transformers, not on a {type(model).__name__}")
-        self.model, self.tokenizer, self.bidirectional = model.base_model, tokenizer, bidirectional
-        self.config = model.config.get_text_config()
+        try:
+            inside = model_inside(model)
+        except Unsupported as error:
+            name = type(model).__name__
+            raise OptionError(f"the embedder stands on a model of transformers, not on a {name}: {error}") from error
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise Unsupported(
+                "the embedder calls the model itself, without the prompts that this adapter learns beside it"
+            )
+        self.model, self.tokenizer, self.bidirectional = inside.base_model, tokenizer, bidirectional
+        self.config = inside.config.get_text_config()
         self.pool = self._made(pool) if isinstance(pool, str) else pool
         self._check_pool()
         with self._session():

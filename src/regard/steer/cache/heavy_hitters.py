@@ -25,6 +25,7 @@ CARD = InterventionCard(
     sites=("kv",),
     owns=("kv",),
     off={"budget": 4096},
+    spares={"layers": (1,)},
     padding=True,
     baseline=True,
 )

@@ -1,6 +1,6 @@
 """Mixture of attention: a window and a block of sinks for every head, as a plan says, in scores and in the cache.
 
-A plan comes from `explain` (`attention_influence`, `plan_moa`) or from a file. Its windows are those of the prompt's length,
+A plan comes from `explain` (`attention_influence`, `fit_moa`) or from a file. Its windows are those of the prompt's length,
 or of `length`, and stay while the model writes. The keys that no head of a group sees any more leave the cache.
 Departs from the released code: heads that share keys keep the widest of their windows, and each sees its own.
 """
@@ -38,6 +38,13 @@ CARD = InterventionCard(
         "plan": {
             "alphas": ((4096, 4096, 4096, 4096), (4096, 4096, 4096, 4096), (4096, 4096, 4096, 4096)),
             "betas": ((0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)),
+        }
+    },
+    spares={
+        "plan": {
+            "alphas": ((4096, 4096, 4096, 4096), (4, 8, 4, 8), (8, 8, 8, 4)),
+            "betas": ((0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0)),
+            "block": 4,
         }
     },
 )

@@ -35,6 +35,7 @@ CARD = InterventionCard(
     sites=("scores", "kv"),
     owns=("kv",),
     off={"window": 4096},
+    spares={"layers": (1,)},
     padding=True,
 )
 
@@ -55,7 +56,7 @@ class RetrievalAttention:
     top_k: int = 100
     sinks: int = 128
     window: int = 512
-    index: Literal["flat", "ivf", "graph", "faiss_hnsw", "faiss_ivf"] = "graph"
+    index: Literal["flat", "ivf", "graph", "faiss_hnsw", "faiss_ivf", "faiss_pq", "hnswlib"] = "graph"
     effort: int | None = None
     query_neighbours: int = 100
     degree: int = 35
@@ -129,7 +130,7 @@ class _Indexes:
         if not any(row.indexes for row in rows):
             return follow()
         _refuse(call)
-        return self._attend(call, rows, layer.end, seen)
+        return follow(call.instead_of(self._attend(call, rows, layer.end, seen), "retrieval_attention"))
 
     def _layer(self, call: AttentionCall) -> _Layer:
         kept = call.kept

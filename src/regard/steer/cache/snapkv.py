@@ -29,6 +29,7 @@ CARD = InterventionCard(
     sites=("kv",),
     owns=("kv",),
     off={"budget": 4096},
+    spares={"layers": (1,)},
     padding=True,
 )
 

@@ -38,6 +38,10 @@ CARD = ExplanationCard(
         "named_concepts",
         "hide_concept",
     ),
+    reads="llama",
+    takes={"model": "model"},
+    calls="constrained_beams",
+    options={"prompt": (5, 6, 7), "phrases": ((8, 9), (10,)), "num_beams": 3, "max_prefix": 2},
 )
 
 EXPLAIN = 'Write one short paragraph that explains "{concept}".\n'

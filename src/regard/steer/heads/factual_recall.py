@@ -21,9 +21,10 @@ CARD = InterventionCard(
     part_of="factual_recall",
     exports=("SuppressLastLayer",),
     builds_on=("scale",),
-    options={"mlp": 0.5, "heads": {1: 0.0}},
-    sites=("z",),
-    off={"mlp": 1.0, "heads": {}},
+    options={"mlp": 0.5, "attention": 0.8, "heads": {1: 0.0}},
+    sites=("z", "attn_out", "mlp_out"),
+    off={"mlp": 1.0, "attention": 1.0, "heads": {}},
+    spares={"mlp": 0.5},
     padding=True,
 )
 

@@ -19,6 +19,7 @@ from regard.contract.attach import AttentionCall, Step, intervention
 from regard.contract.card import InterventionCard
 from regard.contract.errors import OptionError
 from regard.hosts.tape import Tape
+from regard.steer.heads.named import named_layer
 
 CARD = InterventionCard(
     slug="scale",
@@ -27,6 +28,7 @@ CARD = InterventionCard(
     options={"heads": ((0, 1), (1, 3))},
     sites=("z",),
     off={"heads": ()},
+    spares={"heads": ((1, 3),)},
     padding=True,
     baseline=True,
 )
@@ -61,7 +63,7 @@ class AblateHeads:
         """What acts in one session. Raises OptionError for heads that the model lacks."""
         chosen: dict[int, list[int]] = {}
         for layer, head in self.heads:
-            place = _place(session, "head", layer, head)
+            place = named_layer(session, layer, [head])
             chosen.setdefault(place, []).append(head)
         return _Ablation(self, chosen)
 
@@ -96,7 +98,7 @@ class _Ablation:
         return self.chosen.get(call.layer, []) if call.main else []
 
 
-@intervention(CARD)
+@intervention(dataclasses.replace(CARD, sites=("z", *_STREAMS.values())))
 @dataclass(frozen=True)
 class ScaleComponents:
     """Multiply what parts of a model say.
@@ -119,7 +121,7 @@ class ScaleComponents:
         heads: dict[int, dict[int, float]] = {}
         streams: dict[tuple[str, int], float] = {}
         for (kind, layer, *head), factor in self.scales.items():
-            place = _place(session, kind, layer, *head)
+            place = named_layer(session, layer, head)
             if kind == "head":
                 heads.setdefault(place, {})[head[0]] = factor
             else:
@@ -129,8 +131,6 @@ class ScaleComponents:
 
 class _Scaling:
     """One session of `ScaleComponents`."""
-
-    card = CARD
 
     def __init__(self, heads: dict[int, dict[int, float]], streams: dict[tuple[str, int], float]):
         self.heads, self.streams = heads, streams
@@ -149,16 +149,6 @@ class _Scaling:
     def on_hidden(self, step: Step, site: str, layer: int, x: Tensor) -> Tensor:
         factor = self.streams.get((site, layer), 1.0)
         return x if factor == 1.0 else x * factor
-
-
-def _place(session: Any, kind: str, layer: int, head: int = 0) -> int:
-    """The layer counted from the first, checked against the model."""
-    layers, heads = len(session.anatomy.main.layers), session.facts()["heads"]
-    if not -layers <= layer < layers or not 0 <= head < heads:
-        raise OptionError(
-            f"{kind} {(layer, head) if kind == 'head' else layer}: {layers} layers of {heads} heads are there"
-        )
-    return layer % layers
 
 
 def _among(heads: list[int], x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ CARD = InterventionCard(
     sites=("router",),
     owns=("router",),
     off={"off": ()},
+    spares={"off": ((1, 2),)},
     padding=True,
 )
 

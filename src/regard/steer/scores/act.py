@@ -21,8 +21,9 @@ from torch import Tensor
 from regard.contract.attach import AttentionCall, Step, intervention, steer
 from regard.contract.card import InterventionCard
 from regard.contract.errors import OptionError, Unsupported
-from regard.primitives.attention_stats import column_sinks
+from regard.primitives.attention_stats import column_sinks, sink_bar
 from regard.primitives.search import one_at_a_time
+from regard.steer.heads.named import named_layer
 from regard.steer.scores.reweight import AttentionReweight
 
 CARD = InterventionCard(
@@ -34,6 +35,7 @@ CARD = InterventionCard(
     options={"heads": {0: [0, 1, 2], 1: [1, 3]}, "alpha": 1.5},
     sites=("weights",),
     off={"beta": 1.0},
+    spares={"heads": {1: [1, 3]}},
     padding=True,
 )
 
@@ -45,11 +47,11 @@ _SINKS = "act{}"
 class AttentionCalibration:
     """Take weight off the sinks of chosen heads, but for the initial one, and give it to the row's other keys (section 4).
 
-    heads: layer -> heads, or "all" of every layer but the first two and the last. beta: the share that a sink keeps, 0 to
-    1. alpha: a sink gets more than alpha / N on average, N the tokens of its row; or threshold, with alpha=None, the bar
-    itself. decode: "off", only prompts are calibrated, or "reuse", steps after them too, with the sinks of the prompt.
-    Pads count as tokens where no attention mask names them. Raises OptionError; Unsupported where keys to reuse are not
-    kept (sliding windows).
+    heads: layer -> heads, layers negative from the last, or "all" of every layer but the first two and the last. beta: the
+    share that a sink keeps, 0 to 1. alpha: a sink gets more than alpha / N on average, N the tokens of its row; or
+    threshold, with alpha=None, the bar itself. decode: "off", only prompts are calibrated, or "reuse", steps after them too,
+    with the sinks of the prompt. Pads count as tokens where no attention mask names them. Raises OptionError; Unsupported
+    where keys to reuse are not kept (sliding windows).
     """
 
     heads: Literal["all"] | Mapping[int, Sequence[int]]
@@ -61,8 +63,7 @@ class AttentionCalibration:
     def __post_init__(self) -> None:
         if not 0 <= self.beta <= 1:
             raise OptionError(f"beta is the share of its weight that a sink keeps, 0 to 1, not {self.beta}")
-        if (self.alpha is None) == (self.threshold is None):
-            raise OptionError("give alpha=, a multiple of 1 / N, or threshold=, a mean weight, with alpha=None")
+        sink_bar(torch.ones(()), self.alpha, self.threshold)
         if self.decode not in ("off", "reuse"):
             raise OptionError(f'decode is "off" or "reuse", not {self.decode!r}')
 
@@ -152,8 +153,7 @@ class _Calibration:
             torch.full((1, 1, m), n, device=call.q.device) if visible is None else visible.expand(-1, -1, n, -1).sum(-2)
         )
         tokens = (rows > 0).sum(-1, keepdim=True).clamp(min=1)
-        bar = self.settings.threshold if self.settings.alpha is None else self.settings.alpha / tokens
-        assert bar is not None
+        bar = sink_bar(tokens, self.settings.alpha, self.settings.threshold)
         chosen = torch.zeros(call.q.shape[1], 1, dtype=torch.bool, device=call.q.device)
         chosen[self.heads[call.layer]] = True
         sinks = column_sinks(call.received() / rows.clamp(min=1), bar) & chosen
@@ -182,17 +182,14 @@ class _Calibration:
 
 def _chosen(session: Any, heads: Literal["all"] | Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
     """layer -> heads, checked against the model."""
-    layers, count = len(session.anatomy.main.layers), session.facts()["heads"]
     if heads == "all":
+        layers, count = len(session.anatomy.main.layers), session.facts()["heads"]
         if layers < 4:
             raise OptionError(
                 f'heads="all" leaves out the first two layers and the last, and there are {layers}: name layers and heads'
             )
         return {layer: list(range(count)) for layer in range(2, layers - 1)}
-    for layer, some in heads.items():
-        if not 0 <= layer < layers or any(not 0 <= head < count for head in some):
-            raise OptionError(f"layer {layer}, heads {list(some)}: there are {layers} layers of {count} heads")
-    return {layer: list(some) for layer, some in heads.items()}
+    return {named_layer(session, layer, some): list(some) for layer, some in heads.items()}
 
 
 def _without_pad_rows(call: AttentionCall) -> AttentionCall:

@@ -18,6 +18,7 @@ from torch import Tensor
 from regard.contract.attach import AttentionCall, Step, intervention
 from regard.contract.card import InterventionCard
 from regard.contract.errors import OptionError, ShapeError
+from regard.steer.heads.named import named_layer
 from regard.steer.scores.reweight import AttentionReweight
 
 CARD = InterventionCard(
@@ -28,6 +29,7 @@ CARD = InterventionCard(
     options={"heads": {0: (0, 2), 1: (1,)}, "target": (2, 5)},
     sites=("weights",),
     off={"heads": {}},
+    spares={"heads": {1: (1,)}},
     padding=True,
 )
 
@@ -58,12 +60,7 @@ class SetAttention:
 
     def start(self, session: Any) -> AttentionReweight:
         """What acts in one session. Raises OptionError for heads that the model lacks."""
-        layers, count = len(session.anatomy.main.layers), session.facts()["heads"]
-        chosen = {}
-        for layer, heads in self.heads.items():
-            if not -layers <= layer < layers or any(not 0 <= head < count for head in heads):
-                raise OptionError(f"layer {layer}, heads {list(heads)}: there are {layers} layers of {count} heads")
-            chosen[layer % layers] = tuple(heads)
+        chosen = {named_layer(session, layer, heads): tuple(heads) for layer, heads in self.heads.items()}
         return AttentionReweight(rule=self._looking, heads=chosen, queries=self.queries)
 
     def _looking(self, call: AttentionCall, weights: Tensor) -> Tensor:

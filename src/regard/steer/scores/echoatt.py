@@ -11,7 +11,7 @@ that the model uses, so that no N x N matrix need be kept; `recompute=False` han
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ CARD = InterventionCard(
     options={"blocks": ((0, 1), (2,))},
     sites=("weights",),
     off={"blocks": ((0,), (1,), (2,))},
+    spares={"blocks": ((0,), (1, 2))},
     padding=True,
 )
 
@@ -47,6 +48,10 @@ class ShareAttention:
 
     blocks: Sequence[Sequence[int]]
     recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recompute:
+            object.__setattr__(self, "card", replace(CARD, sites=("q", "k")))
 
     def start(self, session: Any) -> _Sharing:
         """What acts in one session. Raises OptionError, Unsupported for blocks that the model cannot have."""

@@ -24,6 +24,7 @@ CARD = InterventionCard(
     options={"budget": 4, "block_q": 1, "recent": 2, "sinks": 1, "dense_layers": 0},
     sites=("scores",),
     off={"budget": 4096},
+    spares={"dense_layers": 1},
 )
 
 

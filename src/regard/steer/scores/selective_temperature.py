@@ -28,6 +28,7 @@ CARD = InterventionCard(
     options={"beta": 0.3},
     sites=("q",),
     off={"beta": 0.0},
+    spares={"layers": (1,)},
     padding=True,
 )
 

@@ -15,8 +15,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from regard.contract.attach import open_session
+from regard.contract.card import TrainingCard
 from regard.contract.errors import OptionError
 from regard.train.distillation.matching import FeatureMSE, HardTargets, Pair, SoftTargets, Tap, match
+
+CARD = TrainingCard(
+    slug="echoatt",
+    title="Distillation of a model whose layers share attention",
+    part_of="echoatt",
+    exports=("EchoLoss",),
+    teacher="llama",
+    student="llama",
+    batch="inputs",
+    losses=("ce", "kl", "mid"),
+    trains=("*",),
+)
 
 
 class EchoLoss:

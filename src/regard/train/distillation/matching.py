@@ -6,7 +6,8 @@ leaves out pads. Teachers get no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -88,17 +89,26 @@ def match(
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else {k: x for k, x in batch.items() if k != "labels"}
     mask = inputs.get("attention_mask")
     mask = mask.bool() if isinstance(mask, Tensor) else None
-    was_training = teacher.training
-    try:
-        theirs = _taped(teacher.eval(), inputs, [pair.teacher for pair in pairs], grads=False)
-    finally:
-        teacher.train(was_training)
+    with evaluating(teacher):
+        theirs = _taped(teacher, inputs, [pair.teacher for pair in pairs], grads=False)
     ours = _taped(student, inputs, [pair.student for pair in pairs], grads=True)
     losses: dict[str, Tensor] = {}
     for pair in pairs:
         loss = pair.weight * pair.distance(pair.student.read(ours), pair.teacher.read(theirs), mask)
         losses[pair.name] = losses[pair.name] + loss if pair.name in losses else loss
     return losses
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode; afterwards each of its parts has the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _taped(model: nn.Module, inputs: Mapping[str, Any], taps: Sequence[Tap], grads: bool) -> Tape:

@@ -2,7 +2,8 @@
 
     T[a, b] = max of the softmax weights in tile (a, b), rows over their sum;   loss = sum over layers KL(T || softmax(S))
 
-The first quarter of the block rows is left out: it has few blocks to choose from.
+The first quarter of the block rows is left out: it has few blocks to choose from. Pretrained models are read at their
+sites, queries and keys turned back to before rotation.
 Departs from the released code: KL is taken per row and averaged over rows; there it is averaged over all elements,
 masked ones too (reduction="official"), so that its size shrinks with the length.
 """
@@ -15,22 +16,39 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from regard.contract.attach import AttentionCall, Seen, open_session
+from regard.contract.card import InterventionCard, TrainingCard
 from regard.contract.errors import OptionError, Unsupported
 from regard.engines.readout import readout
+from regard.hosts.calls import is_causal_alone
 from regard.layers.attention import OpAttention
 from regard.layers.seerattention import SeerGate
 from regard.ops.softmax import softmax_attention
 from regard.patterns import Bound, Causal, KeyValid, Pattern
 from regard.primitives.positions import rope
 
+CARD = TrainingCard(
+    slug="seerattention",
+    title="Distillation of SeerAttention's gates",
+    part_of="seerattention",
+    exports=("GateDistillation",),
+    builds_on=("softmax",),
+    options={"block": 4, "hidden": 16},
+    teacher="llama",
+    batch="inputs",
+    losses=("gate_kl",),
+    trains=("self.*",),
+)
+
 
 class GateDistillation(nn.Module):
     """A gate for every softmax attention layer of a model, and the loss that trains them: `loss(model, batch)`.
 
-    model: with attention layers over the softmax op, causal; it is not changed and not trained. block, hidden, pool_q,
-    pool_k: of each `SeerGate`. skip: share of the first block rows without loss, in [0, 1). reduction: "rows", the
-    mean over the rows of blocks of every head; "official", the mean over all elements. Its parameters are the gates'.
-    Raises Unsupported for a model without such a layer; OptionError.
+    model: with attention layers over the softmax op, causal, or a pretrained one that a host knows, of which layers with
+    windows get no gate; it is not changed and not trained. block, hidden, pool_q, pool_k: of each `SeerGate`. skip: share
+    of the first block rows without loss, in [0, 1). reduction: "rows", the mean over the rows of blocks of every head;
+    "official", the mean over all elements. Its parameters are the gates', in `gates`: those of a pretrained model by the
+    numbers of their layers. Raises Unsupported for a model without such a layer; OptionError.
     """
 
     def __init__(
@@ -49,31 +67,26 @@ class GateDistillation(nn.Module):
             raise OptionError(f"skip is a share of the block rows in [0, 1), not {skip}")
         if reduction not in ("rows", "official"):
             raise OptionError(f"reduction is {reduction!r}; it is 'rows' or 'official'")
-        layers = _softmax_layers(model)
-        if not layers:
-            raise Unsupported(
-                f"{type(model).__name__} has no attention layer over the softmax op, whose weights a gate could learn"
-            )
         self.skip, self.reduction = skip, reduction
         weight = next(model.parameters())
         self.gates = nn.ModuleDict(
             {
-                _key(name): SeerGate(
-                    layer.heads, layer.kv_heads, layer.head_dim, block=block, hidden=hidden, pool_q=pool_q,
-                    pool_k=pool_k, rotary_base=layer.rotary_base if layer.rotary else None,
-                )
-                for name, layer in layers.items()
+                key: SeerGate(*sizes, block=block, hidden=hidden, pool_q=pool_q, pool_k=pool_k, rotary_base=base)
+                for key, (*sizes, base) in _sizes(model).items()
             }
-        ).to(weight.device)  # fmt: skip
+        ).to(weight.device)
 
     def forward(self, model: nn.Module, batch: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
         """{"gate_kl": the loss} of token ids, or of the keyword arguments of the model. Raises OptionError."""
-        layers = _softmax_layers(model)
-        if {_key(name) for name in layers} != set(self.gates):
-            raise OptionError(
-                f"the gates are for layers {', '.join(self.gates)}; the model has {', '.join(map(_key, layers))}"
-            )
+        there = _sizes(model)
+        if set(there) != set(self.gates):
+            raise OptionError(f"the gates are for layers {', '.join(self.gates)}; the model has {', '.join(there)}")
         parts: list[Tensor] = []
+        layers = _softmax_layers(model)
+        if not layers:
+            with open_session(model, (_Read(self.gates, self._loss, parts),)), torch.no_grad():
+                model(**batch) if isinstance(batch, Mapping) else model(input_ids=batch, use_cache=False)
+            return {"gate_kl": torch.stack(parts).sum()}
         watched = [_Watch(layer, self.gates[_key(name)], self._loss, parts) for name, layer in layers.items()]
         try:
             with torch.no_grad():
@@ -124,25 +137,79 @@ class _Watch:
 
     def finish(self, module: nn.Module, given: Any, options: dict[str, Any], out: Tensor) -> None:
         q, k = self.seen.pop("q").detach(), self.seen.pop("k").detach()
-        padding = options.get("padding")
         if not options.get("is_causal") or options.get("reset") is not None or q.shape[2] != k.shape[2]:
             raise Unsupported("gates are trained on causal attention of one document to itself")
-        if q.shape[2] < self.gate.block:
-            raise OptionError(f"{q.shape[2]} tokens are shorter than a block of {self.gate.block}: there is no choice")
-        pattern: Pattern | Bound = Causal()
-        if padding is not None:
-            pattern = pattern & KeyValid(rows=True).bind(key_valid=padding)
-        turned = [q, k]
+        turned = (q, k)
         if self.layer.rotary:
             places = torch.arange(q.shape[2], device=q.device)
-            turned = [rope(x, places, base=self.layer.rotary_base) for x in (q, k)]
-        target = block_targets(turned[0], turned[1], block=self.gate.block, pattern=pattern)
-        with torch.enable_grad():
-            self.parts.append(self.loss(self.gate(q, k, key_valid=padding), target))
+            turned = (rope(q, places, base=self.layer.rotary_base), rope(k, places, base=self.layer.rotary_base))
+        self.parts.append(_part(self.gate, self.loss, (q, k), turned, options.get("padding"), None))
 
     def remove(self) -> None:
         for hook in self.hooks:
             hook.remove()
+
+
+class _Read:
+    """The same for a pretrained model, as an effect that only reads."""
+
+    card = InterventionCard(
+        slug="gate_distillation", title="Distillation of gates", exports=("x",), baseline=True, sites=("q", "k")
+    )
+    needs_rotation = reads_only = True
+
+    def __init__(self, gates: Any, loss: Any, parts: list[Tensor]):
+        self.gates, self.loss, self.parts = gates, loss, parts
+
+    def on_read(self, call: AttentionCall, seen: Seen) -> None:
+        if not call.main or str(call.layer) not in self.gates:
+            return
+        if call.step.start or not is_causal_alone(call):
+            raise Unsupported(f"gates are trained on causal attention of whole texts, which layer {call.layer} is not")
+        padding = call.step.padding if call.step.has_pads else None
+        gate, turned = self.gates[str(call.layer)], (call.q, call.k)
+        self.parts.append(_part(gate, self.loss, call.unrotated(), turned, padding, call.scale))
+
+
+def _part(
+    gate: Any,
+    loss: Any,
+    plain: tuple[Tensor, Tensor],
+    turned: tuple[Tensor, Tensor],
+    padding: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """The loss of one gate, from queries and keys before rotation and after it."""
+    n = plain[0].shape[2]
+    if n < gate.block:
+        raise OptionError(f"{n} tokens are shorter than a block of {gate.block}: there is no choice")
+    pattern: Pattern | Bound = Causal()
+    if padding is not None:
+        pattern = pattern & KeyValid(rows=True).bind(key_valid=padding)
+    target = block_targets(*turned, block=gate.block, pattern=pattern, scale=scale)
+    with torch.enable_grad():
+        made: Tensor = loss(gate(*plain, key_valid=padding), target)
+    return made
+
+
+def _sizes(model: nn.Module) -> dict[str, tuple[int, int, int, float | None]]:
+    """Heads, key heads, width and rotary base of the layers that get a gate, by the gate's key."""
+    layers = _softmax_layers(model)
+    if layers:
+        return {
+            _key(name): (a.heads, a.kv_heads, a.head_dim, a.rotary_base if a.rotary else None)
+            for name, a in layers.items()
+        }
+    try:
+        session = open_session(model, ())
+    except Unsupported as error:
+        raise Unsupported(
+            f"{type(model).__name__} has no attention layer over the softmax op, whose weights a gate could learn, and "
+            f"{error}"
+        ) from error
+    facts = session.facts()
+    sizes = (facts["heads"], facts["key_heads"], facts["head_dim"], facts["rotary_base"])
+    return {str(layer): sizes for layer in session.full_layers()}
 
 
 def _softmax_layers(model: nn.Module) -> dict[str, OpAttention]:

@@ -19,11 +19,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard.contract.card import TrainingCard
 from regard.contract.collect import collect_losses
 from regard.contract.errors import OptionError, Unsupported
 from regard.layers.attention import OpAttention
 from regard.layers.sparsifiner import Connectivity, dense_rows
 from regard.ops.softmax import softmax_attention
+from regard.train.distillation.matching import evaluating
+
+CARD = TrainingCard(
+    slug="sparsifiner",
+    title="Distillation of Sparsifiner's estimates",
+    part_of="sparsifiner",
+    exports=("ConnectivityDistillation",),
+    builds_on=("softmax",),
+    teacher="models/vit",
+    student="models/vit",
+    student_options={"mixer": "sparsifiner", "options": {"reduce_n": 2, "keep": 0.5, "basis_threshold": 0.0}},
+    batch="images and labels",
+    losses=("reconstruction",),
+    trains=("*.connectivity.*",),
+)
 
 Phase = Literal["reconstruction", "distillation", "self_distillation"]
 # phases and epochs of the released code's defaults
@@ -88,7 +104,7 @@ class ConnectivityDistillation:
     def _reconstruction(self, model: nn.Module, inputs: Tensor, chosen: dict[str, Connectivity]) -> Tensor:
         layers = {name: self._teacher_layer(name) for name in chosen}
         with torch.no_grad():
-            with _evaluating(self.teacher), _watching(layers) as theirs:
+            with evaluating(self.teacher), _watching(layers) as theirs:
                 self.teacher(inputs)
             with _dense(chosen.values()), _reading(chosen) as ours:
                 model(inputs)
@@ -99,7 +115,7 @@ class ConnectivityDistillation:
         return torch.stack(errors).mean()
 
     def _distillation(self, model: nn.Module, inputs: Tensor, labels: Tensor, prefix: int) -> dict[str, Tensor]:
-        with torch.no_grad(), _evaluating(self.teacher), _output(self.teacher, self.last) as theirs:
+        with torch.no_grad(), evaluating(self.teacher), _output(self.teacher, self.last) as theirs:
             target = self.teacher(inputs)
         with _output(model, self.last) as ours:
             logits = model(inputs)
@@ -123,17 +139,6 @@ class ConnectivityDistillation:
 
 def _is_softmax(module: nn.Module) -> bool:
     return isinstance(module, OpAttention) and module.op is softmax_attention
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
