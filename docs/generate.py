@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from regard.contract.card import Card
+from regard.contract.card import Card, InterventionCard, TrainingCard
 from regard.contract.catalogue import Entry, catalogue
 from regard.contract.stubs import stub
 
@@ -39,7 +39,7 @@ def table(entries: dict[str, Entry]) -> str:
         rooms = sorted({e.room for e in (entry, *parts)}, key=list(ROOM_WORDS).index)
         rows.append(
             f"| [`{entry.name}`](docs/catalogue.md#{entry.name}) | {entry.card.title} | "
-            f"{', '.join(ROOM_WORDS[room] for room in rooms)} | {_can(entry.card)} |"
+            f"{', '.join(ROOM_WORDS[room] for room in rooms)} | {_can(entry.card, *(e.card for e in parts))} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -108,18 +108,18 @@ def main() -> int:
     return 1 if stale and "--check" in sys.argv else 0
 
 
-def _can(card: Card) -> str:
+def _can(card: Card, *parts: Card) -> str:
     words = [word.replace("_", " ") for word in getattr(card, "attends", ())]
     if getattr(card, "decode", False):
-        words.append(
-            "decode"
-            + (
-                " in a fixed state"
-                if getattr(card, "decode", "") == "state" or getattr(card, "constant_state", False)
-                else ""
-            )
-        )
-    return ", ".join(words)
+        fixed = getattr(card, "decode", "") == "state" or getattr(card, "constant_state", False)
+        words.append("decode in a fixed state" if fixed else "decode")
+    said = [", ".join(words)] if words else []
+    for one in (card, *parts):
+        if isinstance(one, InterventionCard):
+            said.append(f"acts at {', '.join(one.sites)}")
+        if isinstance(one, TrainingCard):
+            said.append(f"trains by {', '.join(one.losses)}")
+    return "; ".join(dict.fromkeys(said))
 
 
 def _signature(value: object) -> str:
