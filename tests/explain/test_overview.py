@@ -135,7 +135,7 @@ def test_the_command_writes_a_page_of_a_text_and_of_a_picture(tmp_path, capsys):
     assert main(["inspect", "tiny-lm", "def f(x): return x", "--out", str(tmp_path / "a.html"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 3
     assert (tmp_path / "a.html").stat().st_size > 1e6
-    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    image = pytest.importorskip("PIL.Image")
     image.new("RGB", (20, 30), (200, 10, 10)).save(tmp_path / "p.png")
     make("vit").save_pretrained(tmp_path / "vit")
     assert main(["inspect", str(tmp_path / "vit"), str(tmp_path / "p.png"), "--out", str(tmp_path / "b.html")]) == 0

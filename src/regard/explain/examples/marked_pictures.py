@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import colorsys
-import struct
-import zlib
+from io import BytesIO
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from regard.contract.optional import need
 
 # the longer side of a picture, in pixels
 SIDE = 224
@@ -19,7 +20,10 @@ APART = 1.15
 
 
 def address(image: Tensor) -> str:
-    """A picture (C, Y, X) as the address of a PNG: values as they are where they lie in 0 to 1, else stretched to that."""
+    """A picture (C, Y, X) as the address of a PNG: values as they are where they lie in 0 to 1, else stretched to that.
+
+    Raises MissingExtra.
+    """
     x = image.detach().float().cpu()
     x = x if len(x) == 3 else x.mean(0, keepdim=True).expand(3, -1, -1)
     if float(x.min()) < 0 or float(x.max()) > 1:
@@ -28,14 +32,9 @@ def address(image: Tensor) -> str:
         size = [max(side * SIDE // max(x.shape[1:]), 1) for side in x.shape[1:]]
         x = F.interpolate(x[None], size=size, mode="bilinear", antialias=True)[0]
     pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    # a byte before each row says that it is not filtered
-    rows = b"".join(b"\0" + row.numpy().tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 9)), (b"IEND", b""))
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
-    )
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    png = BytesIO()
+    need("PIL.Image", "explain").fromarray(pixels.numpy()).save(png, "PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
 def colour(cell: int, grid: int) -> str:
