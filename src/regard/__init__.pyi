@@ -1,6 +1,10 @@
 # written by docs/generate.py from the cards and regard/_doors.py
 # ruff: noqa
 from regard._version import __version__ as __version__
+from regard.bench.faithfulness import Faithfulness as Faithfulness
+from regard.bench.faithfulness import PointingGame as PointingGame
+from regard.bench.faithfulness import faithfulness as faithfulness
+from regard.bench.faithfulness import pointing_game as pointing_game
 from regard.bench.proving import tiny as tiny
 from regard.bench.recall.needle import Needle as Needle
 from regard.bench.recall.needle import NeedleCase as NeedleCase
@@ -60,6 +64,10 @@ from regard.explain.circuits.factual_recall import decompose_mlp as decompose_ml
 from regard.explain.circuits.factual_recall import direct_logit_attribution as direct_logit_attribution
 from regard.explain.circuits.factual_recall import fit_sources as fit_sources
 from regard.explain.circuits.factual_recall import last_layer_shift as last_layer_shift
+from regard.explain.circuits.logit_lens import LogitLens as LogitLens
+from regard.explain.circuits.logit_lens import StreamParts as StreamParts
+from regard.explain.circuits.logit_lens import logit_lens as logit_lens
+from regard.explain.circuits.logit_lens import stream_parts as stream_parts
 from regard.explain.circuits.sae_circuits import CircuitROC as CircuitROC
 from regard.explain.circuits.sae_circuits import DiscreteSAE as DiscreteSAE
 from regard.explain.circuits.sae_circuits import HeadCodes as HeadCodes
@@ -95,6 +103,8 @@ from regard.explain.heads.moa import attention_influence as attention_influence
 from regard.explain.heads.moa import fit_moa as fit_moa
 from regard.explain.heads.moa import moa_front as moa_front
 from regard.explain.heads.moa import predicted_loss as predicted_loss
+from regard.explain.heads.neuron_view import NeuronView as NeuronView
+from regard.explain.heads.neuron_view import neuron_view as neuron_view
 from regard.explain.heads.retrieval_heads import HeadScores as HeadScores
 from regard.explain.heads.retrieval_heads import RecallCase as RecallCase
 from regard.explain.heads.retrieval_heads import retrieval_scores as retrieval_scores
@@ -113,6 +123,7 @@ from regard.explain.heads.vit_visual_analytics import vit_page as vit_page
 from regard.explain.overview.overview import Overview as Overview
 from regard.explain.overview.overview import overview as overview
 from regard.explain.saliency.as_captum import as_captum as as_captum
+from regard.explain.saliency.aug_smooth import aug_smooth as aug_smooth
 from regard.explain.saliency.cam import cam as cam
 from regard.explain.saliency.cam import gradcam as gradcam
 from regard.explain.saliency.lrp import Relevance as Relevance

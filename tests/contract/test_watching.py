@@ -76,7 +76,7 @@ def test_every_word_of_a_card_means_something_and_always_the_same():
     assert set(specimens._GIVEN) == set(GIVEN)
     for name, words in {
         "llama": ("inputs", "ids", "cases", "tape"), "vit_classifier": ("inputs", "images", "labelled images", "tape"),
-        "cnn": ("images", "images and labels"), "sequence": ("answered ids",), "mixers/based": ("tokens",),
+        "cnn": ("images", "one image", "images and labels"), "sequence": ("answered ids",), "mixers/based": ("tokens",),
     }.items():  # fmt: skip
         model = specimens.make(name)
         assert not changed(state(model), state(specimens.make(name)))

@@ -132,6 +132,31 @@ def test_maps_are_enlarged_and_scaled_when_asked(model, images):
     assert flat.amin(1).tolist() == [0, 0, 0] and flat.amax(1).max() == 1
 
 
+def test_the_first_component_keeps_what_channels_share(images):
+    torch.manual_seed(0)
+    network = Convolutions().eval()
+    features = network.features(images).detach().double()
+    terms = features * network.head.weight[3].detach().double()[:, None, None] / 64
+    found = gradcam(network, images, 3, layer="features", eigen_smooth=True)
+    for row in range(3):
+        table = terms[row].flatten(1).T
+        values, vectors = torch.linalg.eigh(torch.cov(table.T))
+        assert values[-1] > 1.02 * values[-2]
+        along = table @ vectors[:, -1]
+        sums = table.sum(1)
+        along = along * torch.corrcoef(torch.stack((along, sums)))[0, 1].sign()
+        torch.testing.assert_close(found[row].flatten().double(), along.relu(), rtol=1e-3, atol=1e-5)
+    plain = gradcam(network, images, 3, layer="features")
+    assert found.shape == plain.shape and not torch.allclose(found, plain, rtol=0.1)
+    # where all channels say the same it is Grad-CAM, up to its size
+    with torch.no_grad():
+        network.head.weight[3].fill_(1.0)
+        network.features[2].weight.copy_(network.features[2].weight[:1].expand(6, -1, -1, -1))
+        network.features[2].bias.fill_(0.1)
+    smooth, plain = (gradcam(network, images, 3, layer="features", eigen_smooth=on) for on in (True, False))
+    torch.testing.assert_close(smooth * 6**0.5, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_grids_that_the_model_does_not_tell(monkeypatch):
     model = classifier(image_size=(8, 24))
     images = torch.randn(2, 3, 8, 24)

@@ -347,7 +347,11 @@ def test_what_two_circuits_share():
     found = circuit_overlap(first, second, 0.25)
     assert (found.both, found.first, found.second) == ({*()}, {(0, 0), (1, 1)}, {(1, 0), (0, 1)}) and found.share == 0
     assert circuit_overlap(first, first, 0.1).share == 1
-    assert circuit_overlap([(0, 0), (1, 1), (1, 2)], first, 0.25).share == pytest.approx(2 / 3)
+    some = circuit_overlap([(0, 0), (1, 1), (1, 2)], first, 0.25)
+    assert some.share == pytest.approx(2 / 3)
+    assert some.precision == pytest.approx(2 / 3) and some.recall == 1
+    assert circuit_overlap([(0, 0)], [(0, 0), (1, 1)]).recall == 0.5
+    assert circuit_overlap([], [(0, 0)]).precision == 0
 
 
 def test_figures_show_what_was_found():

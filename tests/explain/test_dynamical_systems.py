@@ -245,3 +245,18 @@ def test_a_system_whose_parts_do_not_fit_is_refused():
         system.effective_memory(0.0)
     with pytest.raises(ShapeError, match=r"\(B, H, N\)"):
         system.rescaled(ones)
+
+
+def test_the_figure_shows_the_matrix_and_what_is_kept():
+    pytest.importorskip("plotly")
+    n = 6
+    system = selective_state_space(*normal((2, 10, n), (10, 3), (2, n, 3), (2, n, 3)))
+    figure = system.figure(row=1)
+    assert len(figure.data) == 2 * 8
+    matrix, kept = figure.data[2 * 3].z, figure.data[2 * 3 + 1].z
+    seen = torch.ones(n, n, dtype=torch.bool).tril()
+    assert torch.equal(torch.tensor(matrix).isnan(), ~seen)
+    assert torch.equal(torch.tensor(matrix)[seen], system.mixing_matrix()[1, 3][seen])
+    assert torch.equal(torch.tensor(kept), system.decay_spectrum()[1, 3].T)
+    with pytest.raises(OptionError, match="row is 0 to 1"):
+        system.figure(row=2)

@@ -116,6 +116,11 @@ def test_a_part_says_what_the_lens_reads_of_it():
     scale = last.square().mean(-1, keepdim=True).rsqrt()
     said = model.lm_head(tape["mlp_out", 1][:, -1] * scale * model.model.norm.weight)
     torch.testing.assert_close(found.mlp[:, 1], said[[0, 1], [3, 8]], rtol=1e-4, atol=1e-4)
+    grown = found.accumulated
+    for place, stream in enumerate((tape["embed"], *(tape["resid_post", layer] for layer in range(3)))):
+        said = model.lm_head(stream[:, -1] * scale * model.model.norm.weight)
+        torch.testing.assert_close(grown[:, place], said[[0, 1], [3, 8]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grown[:, -1] + found.bias, found.total)
 
 
 def test_the_copying_heads_of_tiny_lm_say_the_answer():

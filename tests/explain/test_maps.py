@@ -69,6 +69,35 @@ def test_the_figure_draws_every_head_and_shows_one_layer(model):
     assert list(menu[2].args[0]["visible"]) == [False] * 8 + [True] * 4
 
 
+def test_thumbnails_draw_every_head_of_every_layer_at_once(model):
+    view = head_view(record_of(model, prompt(length=7)), layers=(0, 2))
+    figure = view.thumbnails()
+    assert [trace.name for trace in figure.data] == [f"layer {la}, head {h}" for la in (0, 2) for h in range(4)]
+    assert torch.equal(torch.as_tensor(figure.data[6].z), view.weights[2][2])
+    # each in a cell of its own
+    assert len({(trace.xaxis, trace.yaxis) for trace in figure.data}) == 8
+
+
+def test_cross_attention_of_a_real_model_is_viewed():
+    model, inputs = make("t5"), prompt(length=8)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        out = model(**inputs, decoder_input_ids=inputs["input_ids"][:, :5], output_attentions=True)
+    view = head_view(out.cross_attentions, list("abcde"), key_tokens=list("stuvwxyz"), row=1)
+    for layer, table in enumerate(out.cross_attentions):
+        assert torch.equal(view.weights[layer], table[1])
+    assert view.weights[0].shape == (4, 5, 8) and view.tokens == tuple("abcde") and view.key_tokens == tuple("stuvwxyz")
+    assert view.figure().data[0].z.shape == (5, 8)
+    own = head_view(out.encoder_attentions, list("stuvwxyz"))
+    assert own.tokens == own.key_tokens and torch.equal(own.weights[0], out.encoder_attentions[0][0])
+
+
+def test_a_second_sentence_is_drawn_apart():
+    figure = head_view((torch.rand(1, 2, 5, 5),), list("abcde"), sentence_b_start=3).figure()
+    assert {(line.x0, line.y0) for line in figure.layout.shapes} & {(2.5, 0), (0, 2.5)}
+    assert not head_view((torch.rand(1, 2, 5, 5),), list("abcde")).figure().layout.shapes
+
+
 def test_the_page_needs_no_network(model, tmp_path):
     path = tmp_path / "heads.html"
     head_view(record_of(model, prompt(length=5))).write(path)

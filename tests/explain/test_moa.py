@@ -529,3 +529,18 @@ def test_more_budget_is_nearer_to_the_dense_model():
             for block in model.blocks:
                 del block.mixer.attend
     assert apart == sorted(apart, reverse=True) and apart[-1] < 1e-6 < apart[-2]
+
+
+def test_the_figure_shows_what_a_band_would_hide():
+    pytest.importorskip("plotly")
+    influence = Influence({16: torch.rand(2, 3, 4, 4).tril(), 32: torch.rand(2, 3, 8, 8).tril()}, 4)
+    figure = influence.figure()
+    assert [trace.visible for trace in figure.data] == [False, True]
+    for trace, length in zip(figure.data, (16, 32), strict=True):
+        assert trace.x == tuple(range(0, length, 4)) and trace.y[4] == "layer 1, head 1"
+        for blocks in range(1, length // 4 + 1):
+            # a band of so many blocks in head 4, and all other heads see everything
+            alphas = tuple(tuple(4.0 * blocks if (la, h) == (1, 1) else 32.0 for h in range(3)) for la in range(2))
+            plan = MoAPlan(alphas, ((0.0,) * 3,) * 2, block=4)
+            hidden = predicted_loss(influence, plan, length)
+            assert float(trace.z[4][blocks:].sum()) == pytest.approx(hidden, abs=1e-6)

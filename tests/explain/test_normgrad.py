@@ -275,6 +275,13 @@ def test_a_meta_step_is_one_of_gradient_descent_row_by_row():
     assert (changed != 0).any()
 
 
+def test_a_model_in_training_is_learned_in_evaluation():
+    model, x = network(norm=True), torch.randn(2, 1, 8, 8)
+    read = partial(meta_saliency, partial(normgrad, layer="2"), lr=0.1)
+    wanted = read(copy.deepcopy(model), x, 1)
+    assert torch.equal(read(model.train(), x, 1), wanted) and model.training
+
+
 def test_sensitivity_is_the_correlation_of_two_maps():
     model, x = network(), torch.randn(3, 1, 8, 8)
     logits = model(x)

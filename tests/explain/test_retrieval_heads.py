@@ -135,7 +135,7 @@ def test_stop_ids_end_an_answer():
 # ---- the same by hand, from one pass over prompt and answer
 
 
-def by_hand(model, case, answer, count):
+def by_hand(model, case, answer, count, top=1):
     ids = torch.cat((case.prompt, torch.tensor(answer)))[None]
     tape = record_of(model, ids[:, :-1])
     start, end = case.needle
@@ -144,9 +144,8 @@ def by_hand(model, case, answer, count):
     for layer, head in [(la, h) for la in range(found.shape[0]) for h in range(found.shape[1])]:
         hits = []
         for step, token in enumerate(answer):
-            key = int(tape["weights", layer][0, head, first + step].argmax())
-            if start <= key < end and case.prompt[key] == token:
-                hits.append(key)
+            keys = tape["weights", layer][0, head, first + step].topk(top).indices.tolist()
+            hits += [key for key in keys if start <= key < end and case.prompt[key] == token]
         found[layer, head] = (len(set(hits)) if count == "set" else len(hits)) / (end - start)
     return found
 
@@ -168,6 +167,16 @@ def test_steps_of_an_answer_are_rows_of_one_pass_over_it(models, name, count):
     assert (wanted > 0).sum() >= 10
     assert found.cases.shape == (4, len(found.reach), model.config.num_attention_heads)
     assert count == "steps" or ((found.cases >= 0) & (found.cases <= 1)).all()
+
+
+@pytest.mark.parametrize("top", [2, 3])
+def test_the_largest_few_weights_may_count_as_looked_at(models, top):
+    model, cases = models("llama"), drawn()
+    found = retrieval_scores(model, None, cases, tokens=12, top=top, accept=lambda answer, needle: True)
+    wanted = torch.stack([by_hand(model, c, a, "set", top) for c, a in zip(cases, found.answers, strict=True)])
+    torch.testing.assert_close(found.cases, wanted, rtol=0, atol=1e-6)
+    one = retrieval_scores(model, None, cases, tokens=12, accept=lambda answer, needle: True)
+    assert (found.cases >= one.cases).all() and (found.cases > one.cases).any()
 
 
 def test_query_heads_of_one_key_head_have_scores_of_their_own(models):

@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 
 from regard import (
+    Edit,
     HopProfile,
     OptionError,
     PatternMap,
@@ -15,6 +16,7 @@ from regard import (
     hop_profile,
     joint_importance,
     mean_attention_distance,
+    patch,
     vit_page,
 )
 from regard import record as record_of
@@ -246,6 +248,23 @@ def test_the_mean_stands_for_a_head_that_always_says_the_same(reader):
     # only its bias is left
     assert constant["mean"].values["kl"][1, 0].abs() < 1e-6 < constant["zero"].values["kl"][1, 0]
     assert found["mean"].values["kl"][1, 0] > 1e-6
+
+
+def test_the_mean_that_stands_for_a_head_is_over_all_images_and_tokens(reader):
+    model, (images, labels) = reader
+    images, labels = images[:30], labels[:30]
+    z = record_of(model, {"pixel_values": images}, sites=("z",))["z", 0]
+    with patch(model, [Edit("z", 0, heads=(2,), value=z[:, :, 2].mean((0, 1)))]), torch.no_grad():
+        pruned = model(images).logits.log_softmax(-1)
+    with torch.no_grad():
+        plain = model(images).logits.log_softmax(-1)
+    wanted = (plain - pruned).gather(1, labels[:, None]).mean()
+    # batches of other sizes count by their images
+    batches = [(images[:25], labels[:25]), (images[25:], labels[25:])]
+    found = head_importance(model, batches, metrics=("loss",), mode="mean").values["loss"][0, 2]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    joint = joint_importance(model, batches, [(0, 2)], metrics=("loss",), mode="mean")
+    assert joint["loss"] == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_pruning_several_at_once_is_not_the_sum(reader):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from regard import OptionError, Recency, Unsupported, recording, steer
+from regard import OptionError, Recency, Unsupported, record, recording, steer
 from regard.contract.card import InterventionCard
 from regard.hosts.transformers.specimens import SIZES, make, prompt
 from tests.hosts.test_session import given
@@ -99,6 +99,33 @@ def test_it_is_what_the_projections_give(name):
     # and it is undone, where there is something to undo
     turned = [reader.calls[0, layer].q for layer in range(3)]
     assert sum((a - truth["q", layer][0]).abs().max() > 0.01 for layer, a in enumerate(turned)) >= 2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_a_tape_holds_them_unrotated_when_asked(name):
+    model, inputs = make(name), prompt(length=9, padded=2)
+    truth = Projections(model)
+    truth.tokens = 9
+    with torch.no_grad():
+        model(**inputs)
+    for hook in truth.hooks:
+        hook.remove()
+    tape, turned = (record(model, inputs, sites=("q", "k", "v"), rotated=rotated) for rotated in (False, True))
+    for layer in range(3):
+        for kind in ("q", "k"):
+            torch.testing.assert_close(tape[kind, layer], truth.out[kind, layer][0], rtol=1e-4, atol=1e-4)
+            assert (turned[kind, layer] - tape[kind, layer]).abs().max() > 0.01
+        assert torch.equal(tape["v", layer], turned["v", layer])
+    some = record(model, inputs, sites=("q",), rotated=False, heads=(1,), rows=(-1,))
+    torch.testing.assert_close(some["q", 1], tape["q", 1][:, [1]][:, :, [-1]])
+    with pytest.raises(OptionError, match="leave rotated=False out"):
+        record(model, inputs, sites=("q",), rotated=False, grads=True)
+
+
+def test_models_without_rotation_are_recorded_as_they_are():
+    model, inputs = make("gpt2"), prompt(length=9)
+    one, other = (record(model, inputs, sites=("q", "k"), rotated=rotated) for rotated in (False, True))
+    assert torch.equal(one["q", 1], other["q", 1]) and torch.equal(one["k", 1], other["k", 1])
 
 
 def test_positions_of_three_axes_are_undone():

@@ -188,6 +188,37 @@ def test_gradients_of_weights_are_those_of_eager_attention(models):
         model.zero_grad()
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2", "t5"])
+def test_gradients_of_every_kind_are_the_slopes_of_what_stands_there(models, name):
+    model, inputs = models(name), full_inputs(name)
+    sites = ("q", "k", "v", "scores", "weights", "z", "resid_pre", "attn_out", "mlp_out", "resid_post")
+
+    def target(output):
+        return output.logits[0, -1, 7]
+
+    for site in sites:
+        tape = record(model, inputs, sites=(site,), grads=True)
+        tape.backward(target)
+        slope, value = tape.grad(site, 1), tape[site, 1].detach()
+        torch.manual_seed(5)
+        way = torch.randn_like(value) * 1e-3
+        with torch.no_grad():
+            up, down = (_at(model, inputs, Edit(site, 1, value=value + sign * way), target) for sign in (1, -1))
+        wanted = float((up - down) / 2)
+        assert float((slope * way).sum()) == pytest.approx(wanted, rel=2e-2, abs=1e-4), site
+        model.zero_grad()
+    some = record(model, inputs, sites=("z",), heads=(1,), grads=True)
+    some.backward(target)
+    with pytest.raises(OptionError, match="without heads=, rows= and reduce="):
+        some.grad("z", 1)
+    model.zero_grad()
+
+
+def _at(model, inputs, edit, target):
+    with patch(model, [edit]):
+        return target(model(**inputs))
+
+
 PATCHED = (
     "embed",
     "resid_pre",

@@ -1,5 +1,7 @@
 """HiP on a model: the op in the layers that it acts on, dense ones before, and searches that serve several tokens."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import regard
 from regard import HiP, OptionError, Unsupported, hip_attention, steer
 from regard import record as record_once
 from regard.hosts.transformers.specimens import make, prompt
+from regard.ops.hip import hip_select
 from tests.steer.test_snapkv import generate
 
 SMALL = {"budget": 6, "block_k": 2, "recent": 3, "sinks": 1}
@@ -33,25 +36,25 @@ def test_writing_is_the_prompt_row_by_row_with_single_rows():
     torch.testing.assert_close(torch.stack(out.logits, 1), whole[:, -6:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_search_serves_several_tokens():
-    model, inputs, counts = make("llama"), prompt(length=24), []
-    for refresh in (1, 4):
-        effect = HiP(**SMALL, block_q=1, dense_layers=0, refresh=refresh)
-        with steer(model, effect) as session:
-            search = session.attached.effects[0][1]
-            found = []
-            select = search._select
+def test_a_search_serves_several_tokens(monkeypatch):
+    model, inputs, found = make("llama"), prompt(length=24), []
 
-            def counted(call, n, select=select, search=search, found=found):
-                before = search.found.get(call.layer)
-                selection = select(call, n)
-                found.append(search.found.get(call.layer) is not before)
-                return selection
+    def counted(q, k, **options):
+        found.append(options["q_offset"])
+        return hip_select(q, k, **options)
 
-            search._select = counted
-            generate(model, inputs, 9)
-        counts.append(sum(found))
-    assert counts == [3 * 8, 3 * 2]
+    monkeypatch.setattr(sys.modules[HiP.__module__], "hip_select", counted)
+    for refresh, places in ((1, range(24, 33)), (4, (24, 28, 32))):
+        with steer(model, HiP(**SMALL, block_q=1, dense_layers=0, refresh=refresh)):
+            # a search of one text does not serve the next, nor that of a turn the turn after it
+            for _ in range(2):
+                found.clear()
+                out = generate(model, inputs, 10)
+                assert found == [place for place in (0, *places) for _ in range(3)]
+            found.clear()
+            more = {"input_ids": torch.cat((out.sequences, inputs["input_ids"][:, :1]), 1)}
+            generate(model, more, 2, past_key_values=out.past_key_values)
+            assert found == [33] * 3 + [35] * 3
 
 
 def test_a_budget_that_covers_all_is_the_model_to_the_bit():

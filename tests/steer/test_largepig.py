@@ -22,6 +22,17 @@ def write(model, inputs, **options):
     return out.sequences, torch.stack(out.logits)
 
 
+def with_gains(family):
+    """A model whose norms change what they norm: one applied twice shows."""
+    model = make(family)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and ("norm" in name or "ln_" in name):
+                parameter.add_(torch.rand(parameter.shape, generator=generator))
+    return model
+
+
 def divergences(p, others, kind):
     """By torch's own words, as the released code and the textbook have it."""
     found = []
@@ -76,7 +87,7 @@ def oracle(model, ids, source, layers, *, scale=100.0, cap=0.5, normalise=False,
     ids=str,
 )
 def test_every_step_is_the_formula(family, options):
-    model, ids = make(family), prompt(batch=1, length=14)["input_ids"]
+    model, ids = with_gains(family), prompt(batch=1, length=14)["input_ids"]
     given = {**options, "divergence": options.get("kind", "official"), "candidate_layers": (1, 2), "source": (3, 11)}
     given.pop("kind", None)
     if "contrast" in given:
@@ -159,11 +170,13 @@ def test_divergences():
     assert float(layer_divergence(*apart, "jsd")) == pytest.approx(math.log(2))
 
 
+@pytest.mark.parametrize("contrast", [False, True])
 @pytest.mark.parametrize("source", [None, (2, 6), (-5, None), slice(1, 8, 2), "mask"])
-def test_a_batch_with_pads_is_its_rows(source):
-    model, inputs = make("llama"), prompt(length=14, padded=5)
+def test_a_batch_with_pads_is_its_rows(source, contrast):
+    model, inputs = make("llama"), prompt(length=14, padded=5, seed=8)
     mask = torch.rand(2, 14, generator=torch.Generator().manual_seed(0)) > 0.4
-    settings = {"scale": 20.0, "candidate_layers": (1, 2)}
+    # the anchor of a row is its own: a batch has more than one
+    settings = {"scale": 20.0, "candidate_layers": (0, 1, 2), "contrast": contrast}
     with steer(model, LargePiG(**settings, source=mask if source == "mask" else source)):
         sequences, logits = write(model, inputs)
     for row, start in ((0, 5), (1, 0)):
@@ -172,6 +185,27 @@ def test_a_batch_with_pads_is_its_rows(source):
             alone = write(model, {name: x[row : row + 1, start:] for name, x in inputs.items()})
         assert torch.equal(alone[0][0], sequences[row, start:])
         torch.testing.assert_close(alone[1][:, 0], logits[:, row], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_batch_have_anchors_of_their_own():
+    # else the test above would not see one anchor for all
+    model, inputs = make("llama"), prompt(length=14, padded=5, seed=8)
+    tape = record_sites(model, inputs, sites=("resid_pre", "final"))
+    last = lens(model, tape["final", 0][:, -1], norm=False)
+    far = layer_divergence(last, torch.stack([lens(model, tape["resid_pre", layer][:, -1]) for layer in range(3)]))
+    assert len(far.argmax(0).unique()) == 2
+
+
+def test_a_head_wider_than_the_vocabulary_is_written_with_whole():
+    model, inputs = make("llama"), prompt(batch=1, length=12)
+    model.resize_token_embeddings(64)
+    model.config.vocab_size = 60
+    with steer(model, LargePiG(candidate_layers=(1,), source=(3, 11))), torch.no_grad():
+        found = model(**inputs).logits[:, -1].exp()
+    model.set_attn_implementation("eager")
+    wanted, gate = oracle(model, inputs["input_ids"], range(3, 11), (1,))
+    assert found.shape == (1, 64) and gate > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-6)
 
 
 def test_begin_end_and_pads_are_never_copied():
@@ -313,7 +347,7 @@ def test_a_recording_sees_the_model_and_not_the_lens():
 
 def test_the_lens_of_the_last_stream_is_the_logits():
     for family in FAMILIES:
-        model, inputs = make(family), prompt(length=8)
+        model, inputs = with_gains(family), prompt(length=8)
         tape = record_sites(model, inputs, sites=("final", "resid_post"))
         torch.testing.assert_close(lens(model, tape["final", 0], norm=False), tape.output.logits)
         torch.testing.assert_close(lens(model, tape["resid_post", -1]), tape.output.logits)

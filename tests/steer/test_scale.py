@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as hf
 
-from regard import AblateHeads, OptionError, ScaleComponents, Unsupported, patch, record, steer
+from regard import AblateHeads, OptionError, ScaleComponents, Tape, Unsupported, patch, record, recording, steer
 from regard import Edit as Change
 from regard.hosts.transformers.anatomy import anatomy
 from regard.hosts.transformers.specimens import make, prompt
@@ -96,6 +96,44 @@ def test_a_mean_is_that_of_the_real_tokens_on_the_tape(padded):
         torch.testing.assert_close(found, model(**inputs).logits, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("padded", [0, 4])
+def test_a_resampled_head_says_what_it_says_at_real_tokens_of_the_tape(padded):
+    model, inputs = make("llama"), prompt(length=10)
+    other = record(model, prompt(length=12, padded=padded, seed=5), sites=("z",))
+    heads = [(0, 1), (2, 3), (2, 0)]
+    free = record(model, inputs, sites=("z",))
+    with steer(model, AblateHeads(heads=heads, mode="resample", tape=other)):
+        ours = record(model, inputs, sites=("z",))
+    real = [(row, place) for row in range(2) for place in range(padded if row == 0 else 0, 12)]
+    drawn = {}
+    for layer, head in heads:
+        said = torch.stack([other["z", layer][row, place, head] for row, place in real])
+        away = torch.cdist(ours["z", layer][:, :, head].flatten(0, 1), said)
+        assert (away.amin(1) < 1e-5).all()
+        drawn[layer, head] = away.argmin(1)
+    # one token speaks through all heads, another at every place
+    assert torch.equal(drawn[0, 1], drawn[2, 3]) and torch.equal(drawn[0, 1], drawn[2, 0])
+    assert len(drawn[0, 1].unique()) > 8
+    assert torch.equal(ours["z", 0][:, :, [0, 2, 3]], free["z", 0][:, :, [0, 2, 3]])
+
+    def logits(seed):
+        with steer(model, AblateHeads(heads=heads, mode="resample", tape=other, seed=seed)):
+            return model(**inputs).logits
+
+    torch.testing.assert_close(logits(0), ours.output.logits)
+    assert not torch.allclose(logits(0), logits(1))
+
+
+def test_a_resampled_head_draws_anew_at_every_token_written():
+    model, inputs = make("llama"), prompt(length=6)
+    other = record(model, prompt(length=12, seed=5), sites=("z",))
+    with steer(model, AblateHeads(heads=[(1, 2)], mode="resample", tape=other)), recording(model, sites=("z",)) as tape:
+        model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    said = torch.cat([tape["z", 1, step][:, 0, 2] for step in range(1, 5)])
+    away = torch.cdist(said, other["z", 1][:, :, 2].flatten(0, 1))
+    assert (away.amin(1) < 1e-5).all() and len(away.argmin(1).unique()) >= 5
+
+
 @pytest.mark.parametrize("padded", [0, 3])
 def test_a_head_without_queries_gives_the_mean_of_the_values_in_sight(padded):
     model, inputs = make("llama"), prompt(length=10, padded=padded)
@@ -127,8 +165,10 @@ def test_a_cross_attention_keeps_its_heads():
 @pytest.mark.parametrize(
     "make_it, message",
     [
-        (lambda: AblateHeads(heads=[(0, 1)], mode="resample"), 'mode is "zero"'),
-        (lambda: AblateHeads(heads=[(0, 1)], mode="mean"), "takes a tape="),
+        (lambda: AblateHeads(heads=[(0, 1)], mode="median"), 'mode is "zero"'),
+        (lambda: AblateHeads(heads=[(0, 1)], mode="resample"), "takes? a tape="),
+        (lambda: AblateHeads(heads=[(0, 1)], tape=Tape()), "no other mode does"),
+        (lambda: AblateHeads(heads=[(0, 1)], mode="mean"), "takes? a tape="),
         (lambda: ScaleComponents({("heads", 0, 1): 1.0}), "is no part"),
         (lambda: ScaleComponents({("head", 0): 1.0}), "is no part"),
         (lambda: ScaleComponents({("mlp", 0, 1): 1.0}), "is no part"),

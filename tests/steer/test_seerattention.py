@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import regard
-from regard import OptionError, Seer, Unsupported, steer
+from regard import OptionError, Seer, Unsupported, recording, steer
 from regard import record as record_once
 from regard.bench.proving.notes import source
 from regard.bench.proving.rows import note_row, text_row
@@ -138,6 +138,17 @@ def test_what_is_written_reads_the_whole_cache():
         q, k, v = (tape.get(kind, layer, step=step) for kind in "qkv")
         wanted = attention(q, k, v, scale=tape.meta["scale"])[0].transpose(1, 2)
         assert k.shape[2] == 27
+        torch.testing.assert_close(tape.get("z", layer, step=step), wanted.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_with_blocks_of_one_token_too_what_is_written_reads_the_whole_cache():
+    model, inputs = make("llama"), prompt(length=26)
+    with steer(model, Seer(ratio=0.3, dense_last=0, block=1)), recording(model, sites=("q", "k", "v", "z")) as tape:
+        generate(model, inputs, 3)
+    for step, layer in ((1, 0), (1, 2), (2, 1)):
+        q, k, v = (tape.get(kind, layer, step=step) for kind in "qkv")
+        assert (q.shape[2], k.shape[2]) == (1, 26 + step)
+        wanted = attention(q, k, v, scale=tape.meta["scale"])[0].transpose(1, 2)
         torch.testing.assert_close(tape.get("z", layer, step=step), wanted.float(), rtol=1e-4, atol=1e-4)
 
 

@@ -238,6 +238,34 @@ def test_without_a_prefix_the_score_is_that_of_the_forced_phrase(small):
     assert only.log_p == pytest.approx(sequence_logprob(model, question, phrase), abs=1e-4)
 
 
+def test_the_question_is_asked_without_the_concept(small):
+    model, tokenizer, names, facts = small
+    name = names[0]
+
+    class NamesIt:
+        """Explains a name by the name and what it is."""
+
+        device, generation_config = model.device, model.generation_config
+
+        def generate(self, ids, **options):
+            if "custom_generate" in options:
+                return model.generate(ids, **options)
+            said = tokenizer(f"{name} is {facts[name]}", add_special_tokens=False)["input_ids"]
+            return torch.cat((ids, torch.tensor([said])), 1)
+
+        def __call__(self, ids):
+            return model(ids)
+
+    (only,) = ask(NamesIt(), tokenizer, "", [name], max_prefix=0).concepts
+    assert only.explanation == f"{name} is {facts[name]}" and only.hidden == f"is {facts[name]}"
+    phrase = tokenizer(name, add_special_tokens=False)["input_ids"]
+    asked, given_away = (
+        sequence_logprob(model, tokenizer(INFER.format(explanation=text))["input_ids"], phrase)
+        for text in (only.hidden, only.explanation)
+    )
+    assert only.log_p == pytest.approx(asked, abs=1e-4) and abs(asked - given_away) > 1e-2
+
+
 def test_nothing_left_of_an_explanation_scores_nought(small):
     model, tokenizer, _, facts = small
     name, fact = next(iter(facts.items()))

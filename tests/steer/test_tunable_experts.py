@@ -1,5 +1,8 @@
 """Experts off, on and scaled, in three families and by three ways of computing them; and what uses them."""
 
+import math
+from itertools import combinations
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,69 @@ def logits(model, inputs):
 def routed(model, inputs, settings):
     with steer(model, settings):
         return record(model, inputs, sites=("router",))
+
+
+def by_hand(router, row, off=(), on=()):
+    """The experts of one token and their weights, of its logits (E,), by the words of each family's paper."""
+    count, k = len(row), router.top_k
+    if not hasattr(router, "e_score_correction_bias"):
+        # softmax over those that are left, the best k, divided by their sum where the family does so
+        left = [e for e in range(count) if e not in off]
+        total = sum(math.exp(row[e]) for e in left)
+        worth = {e: math.exp(row[e]) / total for e in left}
+        chosen = sorted(left, key=lambda e: (e not in on, -worth[e]))[:k]
+        whole = sum(worth[e] for e in chosen) if getattr(router, "norm_topk_prob", True) else 1.0
+        return {e: worth[e] / whole for e in chosen}
+    own = {e: 1 / (1 + math.exp(-row[e])) for e in range(count) if e not in off}
+    worth = {e: own[e] + float(router.e_score_correction_bias[e]) for e in own}
+    size = count // router.num_group
+    groups = {g: sorted((worth[e] for e in own if e // size == g), reverse=True) for g in range(router.num_group)}
+    # one that holds an expert which is on comes before all
+    first = [g for g in groups if any(e // size == g for e in on)]
+    best = sorted((g for g in groups if groups[g]), key=lambda g: (g not in first, -sum(groups[g][:2])))
+    inside = best[: router.topk_group]
+    chosen = sorted(own, key=lambda e: (e not in on, e // size not in inside, -worth[e]))[:k]
+    whole = sum(own[e] for e in chosen) if router.norm_topk_prob else 1.0
+    return {e: own[e] / whole * router.routed_scaling_factor for e in chosen}
+
+
+TABLES = [
+    {},
+    {"off": (0,)},
+    {"off": (2,)},
+    {"on": (3,)},
+    {"off": (1,), "on": (2,)},
+    # in deepseek: one of each group, of which a token gets one
+    {"off": (0, 2)},
+    {"on": (0, 2)},
+    {"off": (0, 1), "on": (3,)},
+    {"on": (1, 3), "off": (0,)},
+]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=str)
+@pytest.mark.parametrize(
+    "name, normalised",
+    [("mixtral", True), ("qwen3_moe", True), ("qwen3_moe", False), ("deepseek", True), ("deepseek", False)],
+)
+def test_choice_and_weights_are_those_of_the_familys_rule(name, table, normalised):
+    model, inputs = make(name), prompt(length=20)
+    router = model.model.layers[LAYER].mlp.gate
+    if name != "mixtral":
+        router.norm_topk_prob = normalised
+    with torch.no_grad():
+        router.weight.normal_(0, 1, generator=torch.Generator().manual_seed(2))
+        if name == "deepseek":
+            # corrections of both signs, as large as the scores: they change the choice and no weight
+            router.e_score_correction_bias.copy_(torch.tensor([0.4, -1.5, 0.3, -1.2]))
+    off, on = (tuple((LAYER, e) for e in table.get(way, ())) for way in ("off", "on"))
+    scores, weights, experts = routed(model, inputs, TunableExperts(off=off, on=on))["router", LAYER]
+    seen = set()
+    for row, given, chosen in zip(scores.tolist(), weights.tolist(), experts.tolist(), strict=True):
+        wanted = by_hand(router, row, table.get("off", ()), table.get("on", ()))
+        assert dict(zip(chosen, given, strict=True)) == pytest.approx(wanted, abs=1e-5)
+        seen.add(tuple(sorted(chosen)))
+    assert table or len(seen) > 1, "all tokens choose alike"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -167,14 +233,24 @@ def test_the_expert_of_a_domain_is_found_and_carries_it(record):
     contrast = expert_contrast(usage[0], usage[1], top=2)
     found = [(layer, expert) for layer, expert, _ in contrast.ranked]
     before = [loss_of(domain) for domain in range(2)]
-    with steer(model, TunableExperts(off=tuple(found), reroute=True)):
-        off = [loss_of(domain) for domain in range(2)]
-    others = tuple((LAYER, e) for e in (2, 3))
-    rises = [off[d] - before[d] for d in range(2)]
-    record({"found": found, "loss": before, "loss_off": off, "rises": rises, "relevance": [r[2] for r in contrast.ranked],
-            "others": others})  # fmt: skip
+
+    def risen(experts):
+        with steer(model, TunableExperts(off=tuple(experts), reroute=True)):
+            return [loss_of(domain) - before[domain] for domain in range(2)]
+
+    rises = risen(found)
+    pairs = {
+        f"{layer}: {a}, {b}": risen([(layer, a), (layer, b)]) for layer in (0, 2) for a, b in combinations(range(4), 2)
+    }
+    pairs["1: 2, 3"] = risen([(LAYER, 2), (LAYER, 3)])
+    record({"found": found, "loss": before, "rises": rises, "relevance": [r[2] for r in contrast.ranked],
+            "rises of other pairs": pairs})  # fmt: skip
     assert set(found) == {(LAYER, 0), (LAYER, 1)}
     assert rises[0] >= 5 * max(rises[1], 0.01)
+    # of other pairs none takes as much, and one drawn at random neither that much nor this domain alone
+    assert rises[0] > max(first for first, _ in pairs.values())
+    mean = [sum(pair[d] for pair in pairs.values()) / len(pairs) for d in range(2)]
+    assert mean[0] < rises[0] / 4 and mean[0] < mean[1]
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,20 @@ def test_a_student_like_its_teacher_loses_nothing_but_its_teachers_doubt():
     torch.testing.assert_close(losses["ce"], F.cross_entropy(logits.flatten(0, 1), logits.argmax(-1).flatten()))
 
 
+def test_each_loss_is_that_of_its_definition():
+    teacher, student, batch = make("llama"), make("llama", seed=1), prompt(length=8, padded=3)
+    losses = EchoLoss(teacher, alpha_ce=0.5, alpha_kl=2.0, alpha_mid=3.0, temperature=1.5)(student, batch)
+    mask = batch["attention_mask"].bool()
+    ours, theirs = (model(**batch).logits[mask] for model in (student, teacher))
+    torch.testing.assert_close(losses["ce"], 0.5 * F.cross_entropy(ours, theirs.argmax(-1)))
+    p, log_q = (theirs / 1.5).softmax(-1), (ours / 1.5).log_softmax(-1)
+    torch.testing.assert_close(losses["kl"], 2.0 * 1.5**2 * (p * (p.log() - log_q)).sum(-1).mean())
+    pairs = zip(streams(student, batch), streams(teacher, batch), strict=True)
+    apart = [(a[mask] - b[mask]).square().mean() for a, b in pairs]
+    assert len(apart) == 3
+    torch.testing.assert_close(losses["mid"], 3.0 * sum(apart) / 3)
+
+
 def test_weights_scale_their_losses_and_zero_leaves_one_out():
     teacher, student, batch = make("llama"), make("llama", seed=1), prompt(length=8)
     once = EchoLoss(teacher, alpha_ce=1.0)(student, batch)

@@ -32,11 +32,22 @@ def prepared(subject: Subject) -> tuple[Callable[[], Any], Any, dict[str, Any]]:
     given = {name: specimens.given(word, card.reads, model) for name, word in card.takes.items()}
     if isinstance(model, nn.Module):
         specimens.distinguish(model)
-    name, _, method = (card.calls or card.exports[0]).partition(".")
-    thing, options = subject.exports[name], card.options
-    if method:
-        return lambda: getattr(thing(**options), method)(**given), model, given
-    return lambda: thing(**given, **options), model, given
+    name, *methods = (card.calls or card.exports[0]).split(".")
+
+    def read() -> Any:
+        left = {**given, **card.options}
+        found = _called(subject.exports[name], left)
+        for method in methods:
+            found = _called(getattr(found, method), left)
+        demand(not left, f"nothing that is called takes {', '.join(left)}")
+        return found
+
+    return read, model, given
+
+
+def _called(thing: Any, left: dict[str, Any]) -> Any:
+    """What comes of a call with what is left and it takes; that is then taken away."""
+    return thing(**{name: left.pop(name) for name in inspect.signature(thing).parameters if name in left})
 
 
 @verifies("explanation")
@@ -57,12 +68,20 @@ def reading_changes_nothing(subject: Subject) -> None:
     read, model, given = prepared(subject)
     values = {name: value for name, value in given.items() if value is not model}
     kept = copy.deepcopy(values)
-    before = randomness() if not isinstance(model, nn.Module) else {**randomness(), **state(model)}
+    before = _all_there_is(model, values)
     read()
-    left = changed(before, randomness() if not isinstance(model, nn.Module) else {**randomness(), **state(model)})
+    left = changed(before, _all_there_is(model, values))
     demand(not left, f"not as before: {', '.join(left[:3])}")
     for name, value in values.items():
         demand(callable(value) or same(kept[name], value), f"{name} was changed")
+
+
+def _all_there_is(model: Any, values: dict[str, Any]) -> dict[str, Any]:
+    found = {**randomness(), **(state(model) if isinstance(model, nn.Module) else {})}
+    for name, value in values.items():
+        if isinstance(value, nn.Module):
+            found |= {f"{what} in {name}": x for what, x in state(value).items()}
+    return found
 
 
 @verifies("explanation", is_tried)

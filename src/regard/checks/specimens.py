@@ -158,6 +158,20 @@ def _metric(logits: Tensor) -> Tensor:
     return logits[:, -1, 3] - logits[:, -1, 7]
 
 
+def _features(name: str, model: Any) -> Callable[[Tensor], Tensor]:
+    """What the convolutions of "cnn" make of images: (B, 8, 8, 8)."""
+    return lambda images: model[:6](images)
+
+
+def _generator(name: str, model: Any) -> nn.Module:
+    """Images of codes that are such features."""
+    return nn.ConvTranspose2d(8, 3, 2, stride=2).eval()
+
+
+def _condition(name: str, model: Any) -> Callable[[Tensor, int], Tensor]:
+    return lambda images, target: model(images).log_softmax(-1)[:, target]
+
+
 def _method(model: Any, x: Tensor, classes: Tensor) -> Tensor:
     """Maps of gradient times input."""
     with torch.enable_grad():
@@ -184,9 +198,13 @@ _GIVEN: dict[str, Callable[[str, Any], Any]] = {
     "metric": lambda name, model: _metric,
     "tape": _tape,
     "images": _images,
+    "one image": lambda name, model: _images(name, model)[0],
     "labelled images": lambda name, model: [(_images(name, model), _labels(name, model))],
     "images and labels": lambda name, model: (_images(name, model), _labels(name, model)),
     "method": lambda name, model: _method,
+    "features": _features,
+    "generator": _generator,
+    "condition": _condition,
     "tokens": lambda name, model: torch.randn(2, 6, 16),
     "queries": lambda name, model: torch.randn(2, 2, 6, 4),
     "weights": lambda name, model: torch.randn(9, 9).tril().exp().tril().softmax(-1).tril(),

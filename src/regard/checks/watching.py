@@ -80,10 +80,10 @@ def watch(model: Any, intervention: Any, given: dict[str, Tensor]) -> tuple[Watc
     watched = Watched()
     with steer(model, intervention) as session:
         attached: Any = session.attached  # type: ignore[attr-defined]
-        for _, effect in attached.effects:
+        for _, effect in attached.effects.pairs:
             watched.met |= _met(effect)
-        attached.effects = [(owner, _Spy(effect, watched)) for owner, effect in attached.effects]
-        watched.settings = bool(attached.changes.get(session))
+        attached.effects.pairs = [(owner, _Spy(effect, watched)) for owner, effect in attached.effects.pairs]
+        watched.settings = attached.changes.of(session)
         tape = run(model, given)
     return watched, tape
 

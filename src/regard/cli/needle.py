@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="WAY",
-        help="snapkv:budget=256,window=16; several: a+b; repeatable",
+        help="snapkv:budget=256,window=16,kernel=21 (half a kernel reaches over an answer); several: a+b; repeatable",
     )
     parser.add_argument(
         "--case", choices=("notes", "text"), help="notes of tiny-lm's vocabulary, or sentences in text (what fits)"

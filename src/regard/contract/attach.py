@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,7 +55,8 @@ class Step:
     it is known to be of the prompt (transformers' generate tells, one's own loop over pieces does not), else "prefill".
     padding: bool (B, tokens so far), None if there is none. start: how many tokens came before this pass. tokens: how many
     come in it. ids: int64 (B, N), where the model got ids.
-    decoded: how many decoding passes there were, this one included.
+    decoded: how many decoding passes there were, this one included. notes: name -> what interventions keep of the sequence,
+    handed on from pass to pass; rows that change places in the cache do not here.
     """
 
     index: int
@@ -65,6 +66,7 @@ class Step:
     padding: Tensor | None = None
     ids: Tensor | None = None
     decoded: int = 0
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def has_pads(self) -> bool:
@@ -211,7 +213,8 @@ class AttentionCall:
 class Session:
     """Interventions at work on one model, inside a `with` block. Hosts subclass it.
 
-    Sessions of one model stack: those opened later act after the earlier ones. outer: what holds the model, or the model.
+    Sessions of one model stack: those opened later act after the earlier ones, and they may end in any order. A session is
+    entered again only when it has ended. outer: what holds the model, or the model.
     """
 
     def __init__(self, model: Any, interventions: Sequence[Any]):
@@ -308,8 +311,9 @@ def steer(model: Any, *interventions: Any) -> Session:
     """Let interventions act on a model inside a `with` block; afterwards nothing of them is left.
 
     They act in their order: at scores, weights and streams the first one first, around a whole call the first one
-    outermost. Raises OptionError for what is no intervention; Unsupported where the model lacks a site, or where two
-    interventions own the same one.
+    outermost. Threads take turns on one model; copies of it are made outside, and so is its attention set; with gradient
+    checkpointing, backward runs inside. Raises OptionError for what is no intervention; Unsupported where the model lacks
+    a site, or where two interventions own the same one.
     """
     for given in interventions:
         if isinstance(given, type) or not hasattr(given, "card"):

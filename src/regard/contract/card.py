@@ -20,8 +20,8 @@ SITES = (
 # what a check can hand to a system, made for the specimen that it is tried on
 GIVEN = (
     "model", "inputs", "ids", "other ids", "one row", "prompts", "cases", "answered ids", "next tokens", "metric", "tape",
-    "images", "labelled images", "images and labels", "method", "tokens", "queries", "weights", "maps", "heads",
-    "other heads",
+    "images", "one image", "labelled images", "images and labels", "method", "features", "generator", "condition", "tokens",
+    "queries", "weights", "maps", "heads", "other heads",
 )  # fmt: skip
 
 
@@ -158,8 +158,8 @@ class ExplanationCard(Card):
     """A reading of a model or of an op; nothing is changed.
 
     takes: parameter -> what it is called with (`GIVEN`), beside the options; with neither it is not called. reads: the
-    specimen that is read, "" for none. calls: the export that is called, the first if ""; or of a class with the options,
-    a method, "Name.method". figure: what comes back has `figure()`.
+    specimen that is read, "" for none. calls: the export that is called, the first if ""; then a method of what came back,
+    and so on, "Name.fit.predict", each with those of the parameters that it has. figure: what comes back has `figure()`.
     """
 
     kind: ClassVar[str] = "explanation"

@@ -13,6 +13,7 @@ from regard.contract.errors import Unsupported
 def lens(model: Any, hidden: Tensor, *, norm: bool = True) -> Tensor:
     """Logits (…, V) of a stream (…, C), through the final norm (nostalgebraist, 2020) and the output embeddings.
 
+    What a family does to them besides, such as Gemma 2's cap or T5's factor before the embeddings, is left out.
     norm: False for streams that have passed the final norm already. Raises Unsupported for a model without either.
     """
     session = open_session(model, ())

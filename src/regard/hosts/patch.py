@@ -6,7 +6,7 @@ A patch is a session, so it stacks with interventions and recordings: what is re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,20 +14,23 @@ from torch import Tensor
 
 from regard.contract.attach import HIDDEN, AttentionCall, Session, Step, open_session
 from regard.contract.card import InterventionCard
-from regard.contract.errors import OptionError, near
+from regard.contract.errors import OptionError, ShapeError, near
 from regard.hosts.tape import Tape
 
 _OF_CALL = ("q", "k", "v", "scores", "weights", "z")
 SITES = (*_OF_CALL, *HIDDEN)
+# those of no layer
+_ONCE = ("embed", "final")
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
     """One change at one site of one layer.
 
-    site: of `SITES`. value: what stands there instead, broadcastable; or fn: a function of what stood there; or
-    from_tape: a tape whose value of the same site and layer is taken. positions: query places (keys for k and v; negative
-    from the end), heads: of which, None for all. step: of which pass, None for every. Raises OptionError.
+    site: of `SITES`. layer: negative from the last; 0 for "embed" and "final", which are of none. value: what stands there
+    instead, broadcastable; or fn: a function of what stood there; or from_tape: a tape whose value of the same site and
+    layer is taken, of as many rows or one for all. positions: query places (keys for k and v; negative from the end),
+    heads: of which, None for all. step: of which pass, None for every. Raises OptionError; ShapeError for what does not fit.
     """
 
     site: str
@@ -55,13 +58,29 @@ class Edit:
             new = self.fn(x)
         elif self.from_tape is not None:
             new = self.from_tape.get(self.site, self.layer, step=0 if self.step is None else self.step)
+            if new.shape[1:] != x.shape[1:]:
+                raise ShapeError(
+                    f"{self.site!r} of layer {self.layer} is {tuple(x.shape)}, and on the tape {tuple(new.shape)}: record all "
+                    "heads and rows, with as many tokens"
+                )
         else:
             new = torch.as_tensor(self.value, dtype=x.dtype, device=x.device)
-        new = new.to(x).expand_as(x)
+        try:
+            new = new.to(x).expand_as(x)
+        except RuntimeError as error:
+            raise ShapeError(
+                f"{self.site!r} of layer {self.layer} is {tuple(x.shape)}; {tuple(new.shape)} cannot stand there"
+            ) from error
         chosen = torch.ones((), dtype=torch.bool, device=x.device)
         heads, places = (2, 1) if self.site == "z" else (1, 2) if self.site in _OF_CALL else (0, 1)
         for axis, which in ((places, self.positions), (heads, self.heads)):
             if which is not None:
+                count = x.shape[axis]
+                if any(not -count <= place < count for place in which):
+                    raise OptionError(
+                        f"{self.site!r} has {count} {'positions' if axis == places else 'heads'} in this pass, and the edit is "
+                        f"of {list(which)}; step= says of which pass it is, 0 for the prompt"
+                    )
                 at = torch.zeros(x.shape[axis], dtype=torch.bool, device=x.device)
                 at[list(which)] = True
                 chosen = chosen & at.view(-1, *(1,) * (x.dim() - axis - 1))
@@ -98,6 +117,14 @@ class _Patch:
             if name not in sites:
                 setattr(self, f"on_{name}", None)
 
+    def start(self, session: Any) -> _Patch:
+        """The same with its layers counted from the first. Raises OptionError for one that the model has not."""
+        main = session.anatomy.main
+        for edit in self.edits:
+            if edit.site in _ONCE and edit.layer:
+                raise OptionError(f"{edit.site!r} is of no layer: leave layer={edit.layer} out")
+        return _Patch([replace(edit, layer=main.chosen((edit.layer,))[0]) for edit in self.edits])
+
     def wants(self, call: AttentionCall) -> bool:
         """Only layers with an edit of scores or weights pay for the table."""
         return call.main and any(e.site in ("scores", "weights") and e.layer == call.layer for e in self.edits)
@@ -123,7 +150,7 @@ class _Patch:
         return z if changed is turned else changed.transpose(1, 2)
 
     def on_hidden(self, step: Step, site: str, layer: int, x: Tensor) -> Tensor:
-        return self._at(site, 0 if site in ("embed", "final") else layer, step, x)
+        return self._at(site, 0 if site in _ONCE else layer, step, x)
 
     def _at(self, site: str, layer: int, step: Step, x: Tensor) -> Tensor:
         for edit in self.edits:

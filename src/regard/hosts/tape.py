@@ -125,7 +125,10 @@ class Tape:
         """The gradient of what `backward` was called on. Raises OptionError where there is none."""
         value = self.get(kind, layer, step=step)
         if value.grad is None:
-            raise OptionError(f"there is no gradient of {kind!r}: record with grads=True, then call tape.backward")
+            raise OptionError(
+                f"there is no gradient of {kind!r}: record with grads=True and without heads=, rows= and reduce=, then call "
+                "tape.backward"
+            )
         return value.grad
 
     def backward(self, target: Callable[[Any], Tensor]) -> None:
@@ -138,7 +141,7 @@ class Tape:
 
     @staticmethod
     def name(kind: str, layer: int = 0, *, of: Literal["transformer_lens"] = "transformer_lens") -> str:
-        """What another tool calls the same place; its q and k are before rotation, ours after."""
+        """What another tool calls the same place; its q and k are before rotation, as ours are with rotated=False."""
         if kind not in _LENS_NAMES:
             raise OptionError(f"{of} has no name for {kind!r}{near(kind, _LENS_NAMES)}")
         return _LENS_NAMES[kind].format(layer)
@@ -186,6 +189,7 @@ def recording(
     count: int = 8,
     grads: bool = False,
     steps: bool = True,
+    rotated: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     limit_bytes: int = 2 << 30,
@@ -197,7 +201,8 @@ def recording(
     reduce: what is kept of weights: "full" (B, H, N, M), "last_row" (B, H, 1, M), "column_sum" (B, H, M), "entropy" and
     "sink_mass" on the first `count` keys (B, H, N), "top_k" the `count` largest, or a function of the whole of a layer; with
     several, the kinds on the tape are called "weights:entropy" and so on. grads: keep the graph, so that `tape.backward` and
-    `tape.grad` work. steps: record every pass, or only the first. device, dtype: where and as what floats are kept.
+    `tape.grad` work. steps: record every pass, or only the first. rotated: q and k as they meet, or as they were before
+    the layer turned them by their places. device, dtype: where and as what floats are kept.
     limit_bytes: more than this is refused. Raises OptionError for unknown sites and modules; Unsupported for sites that the
     model lacks, and beyond the limit.
     """
@@ -212,6 +217,8 @@ def recording(
         raise OptionError("rows= chooses rows of full weights; leave reduce out")
     if grads and (device is not None or dtype is not None):
         raise OptionError("gradients reach what the model goes on with; leave device= and dtype= out")
+    if grads and not rotated:
+        raise OptionError("gradients reach what the model goes on with; leave rotated=False out")
     tape = Tape()
     recorder = _Recorder(
         tape,
@@ -226,6 +233,7 @@ def recording(
         limit_bytes,
         (device, dtype),
     )
+    recorder.needs_rotation = not rotated
     session = open_session(model, (recorder,))
     recorder.find(modules, session)
     with session:
@@ -237,6 +245,7 @@ class _Recorder:
     """The effect behind `recording`."""
 
     reads_only = True
+    needs_rotation = False
 
     def __init__(
         self, tape: Tape, sites: tuple[str, ...], layers: tuple[int, ...] | None, heads: Sequence[int] | None,
@@ -246,12 +255,14 @@ class _Recorder:
         self.tape, self.sites, self.layers, self.heads, self.rows = tape, sites, layers, heads, rows
         self.reduces, self.count, self.grads, self.steps, self.limit, self.held = reduces, count, grads, steps, limit, 0
         self.kept, self.modules, self.calls = kept, dict[str, nn.Module](), dict[str, int]()
+        self.passes = -1
+        self._last: Step | None = None
         needed = [s for s in sites if s not in HIDDEN]
         self.card = InterventionCard(
             slug="record", title="record", exports=("record",), baseline=True, sites=tuple(needed)
         )
         self.hidden_sites = tuple(s for s in sites if s in HIDDEN)
-        if not set(sites) & set(_OF_CALL):
+        if not set(sites) & set(_OF_CALL) - {"z"}:
             self.on_read = None  # type: ignore[assignment]
         if "router" not in sites:
             self.on_router = None  # type: ignore[assignment]
@@ -259,10 +270,20 @@ class _Recorder:
             self.on_output = None  # type: ignore[assignment]
         if not (grads and {"scores", "weights"} & set(sites)):
             self.on_weights = None  # type: ignore[assignment]
+        if "z" not in sites:
+            self.on_z = None  # type: ignore[assignment]
 
     def on_weights(self, call: AttentionCall, weights: Tensor) -> Tensor:
         """Nothing changes, but what is recorded is then what the model goes on with, and gradients reach it."""
         return weights
+
+    def on_z(self, call: AttentionCall, z: Tensor) -> Tensor:
+        if not call.main or not self._keeps(call.layer, call.step):
+            return z
+        turned = self._part(z, 2).transpose(1, 2)
+        self._put("z", call.layer, self.passes, turned)
+        # what is turned back again is what gradients reach
+        return turned.transpose(1, 2) if self.grads and self.heads is None and self.rows is None else z
 
     def find(self, names: Sequence[str], session: Any) -> None:
         """Look the modules up, in what was given or in the model inside it."""
@@ -278,37 +299,38 @@ class _Recorder:
         main = session.anatomy.main
         self.tape.meta |= {"layers": len(main.layers), "reduce": self.reduces, "count": self.count}
         if self.layers is not None:
-            self.layers = tuple(layer % len(main.layers) for layer in self.layers)
+            self.layers = main.chosen(self.layers)
         self.tape.meta |= session.facts()
+        count = self.tape.meta.get("heads")
+        if self.heads is not None and isinstance(count, int):
+            if any(not -count <= head < count for head in self.heads):
+                raise OptionError(f"heads are 0 to {count - 1}, or -1 to -{count}, not {list(self.heads)}")
+            self.heads = [head % count for head in self.heads]
 
     def on_read(self, call: AttentionCall, seen: Seen) -> None:
         if not call.main or not self._keeps(call.layer, call.step):
             return
-        self._note(call)
-        for site in set(self.sites) & set(_OF_CALL):
+        self.tape.meta.setdefault("scale", call.scale)
+        for site in set(self.sites) & set(_OF_CALL) - {"z"}:
             if site == "weights":
                 self._lse: Tensor | None = None
                 # what entropies need gives the others the log-sum-exp
                 for reduce in sorted(self.reduces, key=lambda reduce: reduce != "entropy"):
                     told = getattr(reduce, "__name__", str(reduce))
                     name = site if len(self.reduces) == 1 else f"{site}:{told}"
-                    self._put(name, call.layer, call.step.index, self._weights(call, seen.weights, reduce))
+                    self._put(name, call.layer, self.passes, self._weights(call, seen.weights, reduce))
             elif site == "scores":
-                self._put(
-                    site,
-                    call.layer,
-                    call.step.index,
-                    self._part(call.scores() if seen.scores is None else seen.scores, 2),
-                )
-            elif site == "z":
-                self._put(site, call.layer, call.step.index, self._part(seen.z, 2).transpose(1, 2))
+                scores = call.scores() if seen.scores is None else seen.scores
+                self._put(site, call.layer, self.passes, self._part(scores, 2))
             else:
                 value = getattr(call, site)
-                self._put(site, call.layer, call.step.index, self._part(value, 2) if site == "q" else value)
+                if self.needs_rotation and site != "v":
+                    value = call.unrotated()["qk".index(site)]
+                self._put(site, call.layer, self.passes, self._part(value, 2) if site == "q" else value)
 
     def on_hidden(self, step: Step, site: str, layer: int, x: Tensor) -> Tensor:
-        if self._keeps(layer, step) or site == "final":
-            self._put(site, 0 if site in ("embed", "final") else layer, step.index, x)
+        if self._keeps(layer, step) or (site == "final" and (self.steps or self.passes == 0)):
+            self._put(site, 0 if site in _ONCE else layer, self.passes, x)
         return x
 
     def on_module(self, name: str, output: Any) -> None:
@@ -320,34 +342,43 @@ class _Recorder:
             self._put(name, 0, call, x)
 
     def on_router(self, step: Step, choice: Any) -> Any:
-        if "router" in self.sites and self._keeps(choice.layer, step):
-            self._put("router", choice.layer, step.index, (choice.logits, choice.weights, choice.experts))
+        if self._keeps(choice.layer, step):
+            self._put("router", choice.layer, self.passes, (choice.logits, choice.weights, choice.experts))
         return choice
 
     def on_output(self, step: Step, output: Any) -> None:
-        if "logits" in self.sites and (self.steps or step.index == 0):
-            self._put("logits", 0, step.index, output.logits)
+        if self._pass(step) == 0 or self.steps:
+            self._put("logits", 0, self.passes, output.logits)
 
     def _keeps(self, layer: int, step: Step) -> bool:
-        return (self.layers is None or layer in self.layers) and (self.steps or step.index == 0)
+        first = self._pass(step) == 0
+        return (self.layers is None or layer in self.layers) and (self.steps or first)
 
-    def _note(self, call: AttentionCall) -> None:
-        self.tape._know(call.step.ids)
-        self.tape.meta.setdefault("padding", call.step.padding)
-        self.tape.meta.setdefault("scale", call.scale)
+    def _pass(self, step: Step) -> int:
+        """Which pass of the recording this is; several sequences follow each other."""
+        if step is not self._last:
+            self._last, self.passes = step, self.passes + 1
+            self.tape._know(step.ids)
+            self.tape.meta.setdefault("padding", step.padding)
+        return self.passes
+
+    def _rows(self, n: int) -> list[int] | None:
+        """The rows that are kept of n, None for all; of a single one this one, as of a decoding step."""
+        if self.rows is None or n == 1:
+            return None if self.rows is None else [0]
+        if any(not -n <= row < n for row in self.rows):
+            raise OptionError(f"rows are 0 to {n - 1}, or -1 to -{n}, not {list(self.rows)}")
+        return [row % n for row in self.rows]
 
     def _part(self, x: Tensor, axis: int) -> Tensor:
         if self.heads is not None:
             x = x[:, list(self.heads)]
-        if self.rows is not None and x.shape[axis] > 1:
-            x = x.index_select(axis, torch.tensor(self.rows, device=x.device) % x.shape[axis])
-        return x
+        rows = self._rows(x.shape[axis])
+        return x if rows is None else x.index_select(axis, torch.tensor(rows, device=x.device))
 
     def _weights(self, call: AttentionCall, weights: Tensor | None, reduce: Reduce | Callable[[Tensor], Tensor]) -> Any:
         n, m = call.q.shape[2], call.k.shape[2]
-        rows = None if self.rows is None else [row % n for row in self.rows] if n > 1 else [0]
-        if reduce == "last_row":
-            rows = [n - 1]
+        rows = [n - 1] if reduce == "last_row" else self._rows(n)
         chosen = list(range(call.q.shape[1])) if self.heads is None else list(self.heads)
         if callable(reduce):
             return reduce((call.weights() if weights is None else weights)[:, chosen])
@@ -386,7 +417,9 @@ class _Recorder:
         else:
             what: Any = {"column_sum": "column_sums"}.get(reduce, reduce)
             found = readout(call.q, call.k, self._lse, pattern, what=what, count=self.count, **shared)
-        return found if heads is None or reduce == "top_k" else found[:, heads]
+        if heads is None:
+            return found
+        return Top(found.weights[:, heads], found.keys[:, heads]) if isinstance(found, Top) else found[:, heads]
 
     def _entropy(self, call: AttentionCall, pattern: Any, offset: int) -> Tensor:
         """lse - sum_j w_ij s_ij, whose sum is scale q_i times the mean key: one pass with the keys as values."""

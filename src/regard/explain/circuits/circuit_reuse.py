@@ -103,6 +103,16 @@ class CircuitOverlap:
         """Heads in both over heads in either."""
         return len(self.both) / len(self.both | self.first | self.second)
 
+    @property
+    def precision(self) -> float:
+        """Of the first circuit, taken as found, the share that the second, taken as known, has; 0 for an empty one."""
+        return len(self.both) / max(len(self.both | self.first), 1)
+
+    @property
+    def recall(self) -> float:
+        """Of the second circuit, taken as known, the share that the first, taken as found, has; 0 for an empty one."""
+        return len(self.both) / max(len(self.both | self.second), 1)
+
     def figure(self) -> Any:
         """A plotly figure: layers down, heads across, coloured by circuit. Raises MissingExtra."""
         go = need("plotly.graph_objects", "explain")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from regard.contract.card import ExplanationCard
 from regard.contract.errors import OptionError, ShapeError, Unsupported
+from regard.contract.optional import need
 from regard.contract.shapes import parse
 from regard.layers.attention import check_tokens
 from regard.layers.scanning import ScanMixer
@@ -36,7 +37,11 @@ CARD = ExplanationCard(
     exports=("as_dynamical_system", "DSF", "selective_state_space", "gated_recurrence"),
     reads="ops/linear",
     takes={"system": "model", "x": "queries", "k": "queries"},
+    figure=True,
 )
+
+# heads that a figure shows at most
+_SHOWN = 8
 
 Step = Callable[[int, Tensor, Any], tuple[Tensor, Any]]
 
@@ -101,6 +106,38 @@ class DSF:
             left = torch.cat((left[:, :, :i] * decay[:, :, i : i + 1], left[:, :, i:]), 2)
             counts.append((left[:, :, : i + 1].amax(-1) >= eps).sum(-1))
         return torch.stack(counts, -1) if counts else decay.new_zeros(*decay.shape[:2], 0, dtype=torch.int64)
+
+    def figure(self, row: int = 0) -> Any:
+        """A plotly figure of a row of the batch: of the first 8 heads the matrix, above what each number of the state keeps.
+
+        Raises MissingExtra, OptionError.
+        """
+        graphs, subplots = need("plotly.graph_objects", "explain"), need("plotly.subplots", "explain")
+        batch, heads = self.inputs.shape[:2]
+        if not 0 <= row < batch:
+            raise OptionError(f"row is 0 to {batch - 1}, not {row}")
+        shown = min(heads, _SHOWN)
+        figure = subplots.make_subplots(
+            2, shown, subplot_titles=[f"head {head}" for head in range(shown)], row_heights=[0.7, 0.3],
+            shared_xaxes="columns", shared_yaxes="rows", horizontal_spacing=0.02, vertical_spacing=0.1,
+        )  # fmt: skip
+        for head, matrix in enumerate(self.mixing_matrix()[row, :shown]):
+            decay = self.decay_spectrum()[row, head].T
+            hover = "%{y} reads %{x}: %{z:.3g}<extra></extra>", "%{z:.3g} left at step %{x}<extra></extra>"
+            hidden = matrix.masked_fill(torch.ones_like(matrix, dtype=torch.bool).triu(1), math.nan)
+            for place, (table, told) in enumerate(zip((hidden, decay), hover, strict=True), 1):
+                axis = "coloraxis" if place == 1 else "coloraxis2"
+                trace = graphs.Heatmap(z=table.cpu().numpy(), coloraxis=axis, hovertemplate=told)
+                figure.add_trace(trace, place, head + 1)
+            figure.update_xaxes(title_text="step", row=2, col=head + 1)
+        figure.update_yaxes(autorange="reversed", showgrid=False)
+        figure.update_yaxes(title_text="step that reads", row=1, col=1)
+        figure.update_yaxes(title_text="number of the state", row=2, col=1, dtick=max(self.state_size // 4, 1))
+        scale = {"colorscale": "RdBu", "cmid": 0, "colorbar": {"title": "P", "y": 0.7, "len": 0.6}}
+        most = max(1.0, float(self.transition[row].abs().max()))
+        kept = {"colorscale": "Viridis", "cmin": 0, "cmax": most, "colorbar": {"title": "|Λ|", "y": 0.13, "len": 0.35}}
+        figure.update_layout(coloraxis=scale, coloraxis2=kept, plot_bgcolor="white")
+        return figure.update_xaxes(showgrid=False).update_layout(height=460, width=160 + 220 * shown)
 
     def rescaled(self, eta: Tensor) -> DSF:
         """The same matrix by the state h / eta: Lam_i eta_{i-1} / eta_i, B / eta, C eta. eta: (B, H, N), not 0.

@@ -66,6 +66,12 @@ class LogitAttribution:
         """The logit, or the difference of two, (B,)."""
         return self.embed + self.heads.sum((1, 2)) + self.biases.sum(1) + self.mlp.sum(1) + self.bias
 
+    @property
+    def accumulated(self) -> Tensor:
+        """What the embeddings alone say, and with each layer added, (B, L + 1); the last and `bias` are the total."""
+        layers = self.heads.sum(2) + self.biases + self.mlp
+        return torch.cat((self.embed.unsqueeze(1), layers), 1).cumsum(1)
+
     def figure(self) -> Any:
         """A plotly figure of the mean over rows: layers down, heads and then feed-forward across. Raises MissingExtra."""
         go = need("plotly.graph_objects", "explain")

@@ -40,6 +40,11 @@ CARD = ExplanationCard(
         "classification accuracy"
     ),
     exports=("CorrespondenceClassifier", "LearnedPictures", "ComparedPictures", "Prediction", "Correspondence"),
+    reads="cnn",
+    takes={"feature_fn": "features", "images": "images", "x": "one image"},
+    calls="CorrespondenceClassifier.fit.predict",
+    options={"labels": (1, 3), "grid": 8, "n": 2, "k": 1},
+    figure=True,
 )
 
 # similarities are multiples of this, so that sums of them are exact in any order, in a browser as well

@@ -40,6 +40,11 @@ CARD = ExplanationCard(
         "unit_condition",
         "caption_condition",
     ),
+    reads="cnn",
+    takes={"generator": "generator", "encoder": "features", "condition": "condition"},
+    calls="PPGN.sample",
+    options={"eps": (0.1, 1.0, 0.1, 0.0), "code": (8, 8, 8), "target": 3, "steps": 3},
+    figure=True,
 )
 
 # (images (B, C, h, w), target) -> (B,), differentiable in the images

@@ -88,6 +88,28 @@ class HeadView:
         )
         return figure
 
+    def thumbnails(self) -> Any:
+        """A plotly figure of everything at once: layers down, heads across, without names. Raises MissingExtra, OptionError."""
+        count = sum(w.numel() for w in self.weights.values())
+        if count > _MOST:
+            raise OptionError(f"{count} weights are too many for one figure ({_MOST} at most): give layers= or heads=")
+        go, subplots = need("plotly.graph_objects", "explain"), need("plotly.subplots", "explain")
+        heads = max(len(w) for w in self.weights.values())
+        figure = subplots.make_subplots(
+            len(self.weights), heads, row_titles=[f"layer {layer}" for layer in self.weights],
+            column_titles=[f"head {h}" for h in range(heads)], horizontal_spacing=0.004, vertical_spacing=0.01,
+        )  # fmt: skip
+        for row, (layer, weights) in enumerate(self.weights.items(), 1):
+            for head, table in enumerate(weights):
+                trace = go.Heatmap(
+                    z=table.float().cpu().numpy(), coloraxis="coloraxis", name=f"layer {layer}, head {head}"
+                )
+                figure.add_trace(trace, row, head + 1)
+        figure.update_xaxes(visible=False)
+        figure.update_yaxes(visible=False, autorange="reversed")
+        scale = {"colorscale": "Viridis", "cmin": 0, "cmax": 1}
+        return figure.update_layout(coloraxis=scale, height=120 + 110 * len(self.weights))
+
     def write(self, path: str | Path) -> None:
         """The figure as one page that needs no network."""
         self.figure().write_html(str(path), include_plotlyjs=True)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from regard.contract.card import ExplanationCard
 from regard.contract.errors import OptionError, ShapeError, Unsupported
+from regard.contract.optional import need
 from regard.engines.precision import accumulator
 from regard.engines.readout import readout
 from regard.explain.heads.rule_choice import RuleChoice
@@ -41,6 +42,7 @@ CARD = ExplanationCard(
     reads="sequence",
     takes={"model": "model", "batches": "answered ids"},
     options={"block": 4},
+    figure=True,
 )
 
 Layer: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -73,6 +75,43 @@ class Influence:
                 )
             if not torch.isfinite(table).all():
                 raise OptionError(f"the table of {length} tokens is not finite")
+
+    def figure(self) -> Any:
+        """A plotly figure: for every head what hangs on keys so far back, without those of the sinks; a menu of lengths.
+
+        Raises MissingExtra.
+        """
+        graphs = need("plotly.graph_objects", "explain")
+        layers, heads = next(iter(self.tables.values())).shape[:2]
+        names = [f"layer {layer}, head {head}" for layer in range(layers) for head in range(heads)]
+        figure, lengths = graphs.Figure(), sorted(self.tables)
+        for length in lengths:
+            sums = _by_distance(self.tables[length])[:, :-1]
+            back = [self.block * blocks for blocks in range(sums.shape[1])]
+            trace = graphs.Heatmap(
+                z=sums.numpy(), x=back, y=names, coloraxis="coloraxis", visible=length == lengths[-1],
+                hovertemplate="%{y}, %{x} tokens back and more: %{z:.3g}<extra></extra>",
+            )  # fmt: skip
+            figure.add_trace(trace)
+        buttons = [
+            {"label": f"{length} tokens", "method": "restyle", "args": [{"visible": [o == length for o in lengths]}]}
+            for length in lengths
+        ]
+        signed = any(bool((table < 0).any()) for table in self.tables.values())
+        colours = {"colorscale": "RdBu", "cmid": 0} if signed else {"colorscale": "Viridis"}
+        menu = {
+            "buttons": buttons,
+            "active": len(lengths) - 1,
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+        }
+        figure.update_yaxes(autorange="reversed")
+        return figure.update_layout(
+            updatemenus=[menu], coloraxis={**colours, "colorbar": {"title": "influence"}},
+            xaxis_title="tokens back", height=200 + 22 * len(names),
+        )  # fmt: skip
 
 
 def attention_influence(
@@ -397,13 +436,17 @@ def _losses(table: Tensor, rules: Sequence[Rule], length: int, block: int) -> Te
 
 def _tails(table: Tensor) -> Tensor:
     """The sum of a table (layers, H, n, n) at `w` or more blocks before the query, behind the sinks: (layers * H, w)."""
+    return _by_distance(table).flip(1).cumsum(1).flip(1)
+
+
+def _by_distance(table: Tensor) -> Tensor:
+    """The sum of a table (layers, H, n, n) at `w` blocks before the query, behind the sinks: (layers * H, w)."""
     table = table.detach().to("cpu", torch.float64).flatten(0, 1)
     n = table.shape[1]
     place = torch.arange(n)
     apart = place[:, None] - place[None, :]
     masked = table * ((apart >= 0) & (place >= SINK_BLOCKS))
-    by_distance = table.new_zeros(len(table), n + 1).index_add(1, apart.clamp(min=0).flatten(), masked.flatten(1))
-    return by_distance.flip(1).cumsum(1).flip(1)
+    return table.new_zeros(len(table), n + 1).index_add(1, apart.clamp(min=0).flatten(), masked.flatten(1))
 
 
 def _plan(choice: NDArray[np.int64], rules: Sequence[Rule], layers: int, block: int) -> MoAPlan:

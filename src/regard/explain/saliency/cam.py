@@ -1,7 +1,7 @@
 """Class activation maps, of vision transformers as of convolutions: which places of an image speak for a class.
 
     CAM       map(p) = P sum_c g_c(p) a_c(p),               where every place has the same gradient g, P places
-    Grad-CAM  map(p) = relu(sum_c a_c(p) mean over places of g_c)
+    Grad-CAM  map(p) = relu(sum_c a_c(p) mean over places of g_c),    or along the first principal component of its terms
 
 a are the activations inside the model, g the gradient of the class's score there. Tokens become a grid without a reshaping
 written by hand: the tape knows how they lie, and what stands before them.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from regard.contract.card import ExplanationCard
@@ -41,6 +42,7 @@ def gradcam(
     prefix_tokens: int | None = None,
     upsample: tuple[int, int] | None = None,
     normalize: bool = False,
+    eigen_smooth: bool = False,
 ) -> Tensor:
     """Grad-CAM (equations 1 and 2): (B, 1, h, w), 0 or more.
 
@@ -49,10 +51,15 @@ def gradcam(
     is read (what leaves the last layer is read at its class token alone in many models, so that what enters it is the
     default); or the name of a module of any model, whose output (B, C, h, w) or (B, N, C) is read. grid, prefix_tokens: what
     holds instead of the model's own, see `token_grid`. upsample: bilinear, to this height and width. normalize: each map
-    between 0 and 1. Gradients of the model's weights stay as they were. Raises OptionError, ShapeError, Unsupported.
+    between 0 and 1. eigen_smooth: channels are not summed; of what each adds at each place the first principal component is
+    kept, with the sum's sign, which leaves out what single channels add here and there. Gradients of the model's weights stay
+    as they were. Raises OptionError, ShapeError, Unsupported.
     """
     found = places(model, inputs, target, layer, site, grid, prefix_tokens).heard()
-    return _finished(weigh(found.activation, found.gradient), upsample, normalize)
+    maps = weigh(found.activation, found.gradient)
+    if eigen_smooth:
+        maps = _first_component(found.activation * found.gradient.mean((2, 3), keepdim=True)).relu()
+    return _finished(maps, upsample, normalize)
 
 
 def cam(
@@ -83,6 +90,16 @@ def cam(
         )
     patches = gradient.shape[2] * gradient.shape[3]
     return _finished((found.activation * gradient).sum(1, keepdim=True) * patches, upsample, normalize)
+
+
+def _first_component(terms: Tensor) -> Tensor:
+    """Terms (B, C, h, w) along the direction in which places differ most: (B, 1, h, w)."""
+    rows = terms.flatten(2).mT
+    direction = torch.linalg.svd(rows - rows.mean(1, keepdim=True), full_matrices=False).Vh[:, :1]
+    along, sums = rows @ direction.mT, rows.sum(2, keepdim=True)
+    # a component has no sign of its own
+    agree = ((along - along.mean(1, keepdim=True)) * (sums - sums.mean(1, keepdim=True))).sum(1, keepdim=True)
+    return torch.where(agree < 0, -along, along).mT.unflatten(2, terms.shape[2:])
 
 
 def _finished(maps: Tensor, upsample: tuple[int, int] | None, normalize: bool) -> Tensor:

@@ -5,8 +5,9 @@ Layer-wise relevance propagation gives a grainy map of pixels; a saliency model 
     S_i = 1 - exp(-mean over the K patches most like patch i of  d_value / (1 + c d_position)),   at several scales
     S_i (1 - distance to the nearest focus),   foci: S > 0.8 of the mean over scales
 
-Departs from the released code, which ends with the relevance; the constants are those of the saliency model, and as there
-the map of each scale is brought between 0 and 1 before the mean, without which nothing would pass 0.8.
+Departs from the released code, which ends with the relevance and leaves the areas to the saliency model's own; all constants
+are that model's, and as there a map is first brought to 250 pixels, without which its patches of 7 would cover half of a
+small one, and that of each scale between 0 and 1, without which nothing would pass 0.8.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ CARD = ExplanationCard(
     exports=("salient_relevance", "SalientRelevance", "context_aware_saliency"),
     reads="cnn",
     takes={"model": "model", "x": "images"},
-    options={"patch": 3, "neighbours": 8},
+    options={"size": None, "patch": 3, "step": 1, "neighbours": 8},
     figure=True,
     builds_on=("salient_relevance", "map_view"),
 )
+
+# the smallest scale of the map at which patches are looked for, and how many are compared at a time
+_LEAST, _ROWS = 0.2, 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +63,13 @@ def salient_relevance(
     *,
     rules: Literal["paper"] | Mapping[str, Rule] = "paper",
     eps: float = 1e-9,
+    size: int | None = 250,
     patch: int = 7,
+    step: int = 3,
     neighbours: int = 64,
     c: float = 3.0,
     scales: Sequence[float] = (1.0, 0.8, 0.5, 0.3),
+    among: Sequence[float] = (1.0, 0.5, 0.25),
     focus: float = 0.8,
 ) -> SalientRelevance:
     """Areas of an image (B, C, H, W) that matter for a class. Arguments as of `lrp` and `context_aware_saliency`."""
@@ -70,80 +77,122 @@ def salient_relevance(
     if relevance.relevance.dim() != 4:
         raise ShapeError(f"areas need images (B, C, H, W), not {tuple(x.shape)}")
     pixels = relevance.pixels
-    areas = context_aware_saliency(pixels, patch=patch, neighbours=neighbours, c=c, scales=scales, focus=focus)
+    areas = context_aware_saliency(
+        pixels, size=size, patch=patch, step=step, neighbours=neighbours, c=c, scales=scales, among=among, focus=focus
+    )
     return SalientRelevance(areas, pixels, relevance)
 
 
 def context_aware_saliency(
     maps: Tensor,
     *,
+    size: int | None = 250,
     patch: int = 7,
+    step: int = 3,
     neighbours: int = 64,
     c: float = 3.0,
     scales: Sequence[float] = (1.0, 0.8, 0.5, 0.3),
+    among: Sequence[float] = (1.0, 0.5, 0.25),
     focus: float = 0.8,
 ) -> Tensor:
     """Places whose patch is unlike all others, above all those near by (Goferman et al., 2012, section 3): in 0 to 1.
 
-    maps: (B, 1, h, w) or (h, w), and so is the result. patch: odd width. neighbours: how many of the most similar other
-    patches count. c: how much distance excuses. scales: of the map; the mean is taken, each between 0 and 1. focus: places
-    above it are foci, others lose with the distance to the nearest. A map that is the same everywhere gives 0. Time grows as
-    (h w)^2. Raises ShapeError, OptionError.
+    maps: (B, 1, h, w) or (h, w), and so is the result. size: longer side that they are brought to first, in pixels; None for
+    as they are. patch: odd width. step: pixels from a patch to the next. neighbours: how many of the most similar other
+    patches count. c: how much distance excuses. scales: of the map; the mean is taken, each between 0 and 1. among: scales,
+    times its own, at which a patch is looked for, those above 0.2 of the map's. focus: places above it are foci, others lose
+    with the distance to the nearest, the farthest all. A map that is the same everywhere gives 0. Time grows as
+    (size / step)^4: seconds a map. Raises ShapeError, OptionError.
     """
-    if patch < 1 or patch % 2 == 0 or neighbours < 1 or c < 0:
-        raise OptionError(f"patch is odd, neighbours at least 1, c 0 or more, not {patch}, {neighbours}, {c}")
-    if not scales or min(scales) <= 0 or max(scales) > 1 or not 0 <= focus <= 1:
-        raise OptionError(f"scales lie above 0 and up to 1, focus in 0 to 1, not {tuple(scales)}, {focus}")
+    if patch < 1 or patch % 2 == 0 or min(neighbours, step) < 1 or c < 0 or (size is not None and size < 2):
+        raise OptionError(
+            f"patch is odd, neighbours and step at least 1, c 0 or more, size at least 2, not {patch}, {neighbours}, {step}, "
+            f"{c}, {size}"
+        )
+    for name, given in (("scales", scales), ("among", among)):
+        if not given or min(given) <= 0 or max(given) > 1:
+            raise OptionError(f"{name} lie above 0 and up to 1, not {tuple(given)}")
+    if not 0 <= focus <= 1 or 1.0 not in among:
+        raise OptionError(f"focus lies in 0 to 1 and among has a patch's own scale, 1, not {focus}, {tuple(among)}")
     if maps.dim() == 2:
         found = context_aware_saliency(
-            maps[None, None], patch=patch, neighbours=neighbours, c=c, scales=scales, focus=focus
-        )
+            maps[None, None], size=size, patch=patch, step=step, neighbours=neighbours, c=c, scales=scales, among=among,
+            focus=focus,
+        )  # fmt: skip
         return found[0, 0]
     if maps.dim() != 4 or maps.shape[1] != 1 or min(maps.shape[2:]) < 2:
         raise ShapeError(f"maps are (B, 1, h, w) or (h, w), at least 2 x 2, not {tuple(maps.shape)}")
     h, w = maps.shape[2:]
-    high = minmax(maps.detach().to(torch.promote_types(maps.dtype, torch.float32)))
+    factor = 1.0 if size is None else size / max(h, w)
+    whole = (max(round(h * factor), 2), max(round(w * factor), 2))
+    high = minmax(_resized(maps.detach().to(torch.promote_types(maps.dtype, torch.float32)), whole))
     total = torch.zeros_like(high)
     for scale in scales:
-        size = (max(round(h * scale), 2), max(round(w * scale), 2))
-        shrunk = high if size == (h, w) else F.interpolate(high, size, mode="bilinear", antialias=True)
-        unlike = torch.stack([_unlikeness(m[0], patch, neighbours, c) for m in shrunk]).unsqueeze(1)
-        total += minmax(enlarge(unlike, (h, w))) / len(scales)
-    return torch.stack([_focused(m[0], focus) for m in total]).unsqueeze(1)
+        pyramid = [_resized(high, _side(whole, scale * part, step)) for part in _seen_at(scale, among)]
+        unlike = torch.stack(
+            [_unlikeness([level[i, 0] for level in pyramid], patch, step, neighbours, c) for i in range(len(maps))]
+        )
+        # the outermost patches stand on the border's pixels
+        inner = F.interpolate(unlike.unsqueeze(1), pyramid[0].shape[2:], mode="bilinear", align_corners=True)
+        total += minmax(enlarge(inner, whole)) / len(scales)
+    return _resized(torch.stack([_focused(m[0], focus) for m in total]).unsqueeze(1), (h, w))
 
 
-def _unlikeness(image: Tensor, patch: int, neighbours: int, c: float) -> Tensor:
-    """1 - exp(-mean of the smallest distances) of every place of (h, w)."""
-    h, w = image.shape
-    around = F.pad(image[None, None], (patch // 2,) * 4, mode="replicate")
-    patches = F.unfold(around, patch)[0].T
-    positions = _positions(h, w, image)
-    count = len(patches)
-    # products of matrices are quick, but blur small distances
-    mode = "donot_use_mm_for_euclid_dist" if count <= 4096 else "use_mm_for_euclid_dist"
+def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
+def _side(whole: tuple[int, int], scale: float, step: int) -> tuple[int, int]:
+    """The sizes nearest to a scale on which patches reach both borders."""
+    h, w = (step * max(round((n * scale - 1) / step), 1) + 1 for n in whole)
+    return h, w
+
+
+def _seen_at(scale: float, among: Sequence[float]) -> list[float]:
+    """A patch's own scale, and the others that are not too small."""
+    return [1.0, *(part for part in among if part != 1 and scale * part >= _LEAST - 1e-9)]
+
+
+def _unlikeness(pyramid: Sequence[Tensor], patch: int, step: int, neighbours: int, c: float) -> Tensor:
+    """1 - exp(-mean of the smallest distances) of every patch of the first of (h, w), to those of all."""
+    patches, positions = zip(*(_patches(image, patch, step) for image in pyramid), strict=True)
+    others, places = torch.cat(patches), torch.cat(positions)
     found = []
-    for start in range(0, count, 512):
-        rows = slice(start, start + 512)
-        # values lie in 0 to 1, so that no distance of patches exceeds their width
-        value = torch.cdist(patches[rows], patches, compute_mode=mode) / patch
-        distance = value / (1 + c * torch.cdist(positions[rows], positions))
-        distance[torch.arange(len(distance)), torch.arange(start, start + len(distance))] = torch.inf
-        nearest = distance.topk(min(neighbours, count - 1), largest=False).values
+    for start in range(0, len(patches[0]), _ROWS):
+        rows = slice(start, start + _ROWS)
+        # no distance of values in 0 to 1 exceeds the width
+        distance = _apart(patches[0][rows], others) / patch / (1 + c * _apart(positions[0][rows], places))
+        own = torch.arange(len(distance), device=distance.device)
+        distance[own, start + own] = torch.inf
+        nearest = distance.topk(min(neighbours, len(others) - 1), largest=False).values
         found.append(1 - (-nearest.mean(1)).exp())
-    return torch.cat(found).view(h, w)
+    return torch.cat(found).view([(n - 1) // step + 1 for n in pyramid[0].shape])
+
+
+def _patches(image: Tensor, patch: int, step: int) -> tuple[Tensor, Tensor]:
+    """(patches, patch^2) of (h, w), and where they stand."""
+    around = F.pad(image[None, None], (patch // 2,) * 4, mode="replicate")
+    places = _positions(image.shape[0], image.shape[1], image).view(*image.shape, 2)[::step, ::step]
+    return F.unfold(around, patch, stride=step)[0].T, places.reshape(-1, 2)
 
 
 def _focused(saliency: Tensor, focus: float) -> Tensor:
-    """Each place times 1 - its distance to the nearest focus; as it is where there is none."""
+    """Each place times 1 - its distance to the nearest focus, in units of the largest; as it is where there is none."""
     foci = (saliency > focus).flatten()
     if not bool(foci.any()):
         return saliency
     positions = _positions(saliency.shape[0], saliency.shape[1], saliency)
-    nearest = torch.cat([torch.cdist(some, positions[foci]).amin(1) for some in positions.split(512)])
-    return saliency * (1 - nearest.view_as(saliency)).clamp(min=0)
+    nearest = torch.cat([_apart(some, positions[foci]).amin(1) for some in positions.split(_ROWS)])
+    most = nearest.amax()
+    return saliency * (1 - nearest.view_as(saliency) / torch.where(most == 0, torch.ones_like(most), most))
+
+
+def _apart(a: Tensor, b: Tensor) -> Tensor:
+    # products of matrices would blur small distances
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _positions(h: int, w: int, like: Tensor) -> Tensor:
-    """(h w, 2), in units of the longer side."""
-    y, x = (torch.arange(size, dtype=like.dtype, device=like.device) for size in (h, w))
+    """(h w, 2): middles of pixels, in units of the longer side."""
+    y, x = (torch.arange(size, dtype=like.dtype, device=like.device) + 0.5 for size in (h, w))
     return torch.cartesian_prod(y, x) / max(h, w)

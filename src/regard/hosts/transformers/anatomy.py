@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from regard.contract.errors import Unsupported
+from regard.contract.errors import OptionError, Unsupported
 
 # the names under which families keep these parts of a layer
 _OUT = ("o_proj", "c_proj", "out_proj", "dense", "o", "proj")
@@ -56,6 +56,16 @@ class Stack:
     base: nn.Module
     layers: tuple[Layer, ...]
     final: nn.Module | None = None
+
+    def chosen(self, layers: Sequence[int] | None) -> tuple[int, ...]:
+        """Which layers these are, counted from the first: negative ones from the last, None for all. Raises OptionError."""
+        count = len(self.layers)
+        if layers is None:
+            return tuple(range(count))
+        for layer in layers:
+            if not -count <= layer < count:
+                raise OptionError(f"there is no layer {layer}: the layers are 0 to {count - 1}, or -1 to -{count}")
+        return tuple(layer % count for layer in layers)
 
 
 @dataclass(frozen=True, eq=False)

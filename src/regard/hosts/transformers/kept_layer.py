@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from regard.contract.errors import OptionError
+from regard.contract.errors import OptionError, Unsupported
 
 
 class KeptLayer(DynamicLayer):
@@ -16,7 +16,7 @@ class KeptLayer(DynamicLayer):
 
     positions: int64 (B, G, M), where each key stood in the whole sequence, -1 in places that only fill up; None while
     all are there. seen: how many tokens came. marks: name -> (B, G, M), numbers that interventions keep beside the keys
-    (new keys get 0).
+    (new keys get 0). notes: name -> (B, ...), what they keep of each row, and of no key; it goes wherever the row goes.
     """
 
     is_croppable = False
@@ -28,9 +28,17 @@ class KeptLayer(DynamicLayer):
         self.positions: Tensor | None = None
         self.seen = 0
         self.marks: dict[str, Tensor] = {}
+        self.notes: dict[str, Tensor] = {}
+        # whether the next keys come in a pass that knows of positions
+        self.served = False
         self._arriving: tuple[Tensor, int] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.positions is not None and not self.served:
+            raise Unsupported(
+                "this cache has given up keys: go on with it under steer or record of attention, or begin with a new one"
+            )
+        self.served = False
         batch, heads, new = key_states.shape[:3]
         came = new if self._arriving is None else self._arriving[1]
         if self._arriving is not None:
@@ -59,7 +67,7 @@ class KeptLayer(DynamicLayer):
             raise OptionError(f"keep takes places 0 to {held - 1}, and -1 to fill up")
         there = index >= 0
         place = index.clamp(min=0)
-        self.positions = self.positions_of_all().gather(2, place).masked_fill(~there, -1)
+        self.positions, self.served = self.positions_of_all().gather(2, place).masked_fill(~there, -1), True
         self.keys, self.values = (
             x.gather(2, place.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1])) for x in (self.keys, self.values)
         )
@@ -84,10 +92,13 @@ class KeptLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.positions, self.seen, self.marks = None, 0, {}
+        self.positions, self.seen, self.marks, self.notes = None, 0, {}, {}
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("a cache under steer cannot be cropped")
+        raise Unsupported(
+            "a cache under steer gives no tokens back: write without a draft model, prompt lookup or other ways that try "
+            "tokens out"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -104,6 +115,7 @@ class KeptLayer(DynamicLayer):
             if value is not None and value.numel():
                 setattr(self, name, choose(value))
         self.marks = {name: choose(mark) for name, mark in self.marks.items()}
+        self.notes = {name: choose(note) for name, note in self.notes.items()}
 
     @property
     def nbytes(self) -> int:

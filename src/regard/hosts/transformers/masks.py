@@ -36,18 +36,19 @@ class LateMask:
             self._made[implementation] = make(**self.arguments)
         return self._made[implementation]
 
-    def pattern(self) -> Any:
-        """The mask as a pattern, if it is causal or full, with or without padding; else None."""
-        kinds: dict[Any, Pattern | None] = {causal_mask_function: Causal(), bidirectional_mask_function: None}
-        function = self.arguments["mask_function"]
-        if function not in kinds or self.rows is not None:
-            return None
-        pattern: Any = kinds[function]
-        valid = self._valid()
-        if valid is not None:
-            known = KeyValid().bind(key_valid=valid)
-            pattern = known if pattern is None else pattern & known
-        return _NONE if pattern is None else pattern
+    def known(self) -> tuple[bool, Any]:
+        """Whether the mask is causal or full, with or without padding; and it as a pattern, None where all may meet."""
+        if "known" not in self._made:
+            kinds: dict[Any, Pattern | None] = {causal_mask_function: Causal(), bidirectional_mask_function: None}
+            function = self.arguments["mask_function"]
+            known = function in kinds and self.rows is None
+            pattern: Any = kinds[function] if known else None
+            valid = self._valid() if known else None
+            if valid is not None:
+                real = KeyValid().bind(key_valid=valid)
+                pattern = real if pattern is None else pattern & real
+            self._made["known"] = known, pattern
+        return self._made["known"]  # type: ignore[no-any-return]
 
     def dense(self) -> Tensor:
         """The mask itself, bool (B, 1, N, M), True = may attend."""
@@ -76,10 +77,6 @@ class LateMask:
         return padding[:, start : start + length]
 
 
-# a pattern in which all may meet; None says that it is no known pattern
-_NONE = "all"
-
-
 def who_meets(mask: Any, is_causal: bool, n: int) -> tuple[Any, Tensor | None, Tensor | None, int]:
     """(pattern, mask, bias, position of the first query) of what the attention function was given.
 
@@ -88,10 +85,8 @@ def who_meets(mask: Any, is_causal: bool, n: int) -> tuple[Any, Tensor | None, T
     if mask is None:
         return (Causal() if is_causal and n > 1 else None), None, None, 0
     if isinstance(mask, LateMask):
-        pattern = mask.pattern()
-        if pattern is None:
-            return None, mask.dense(), None, mask.offset
-        return (None if pattern is _NONE else pattern), None, None, mask.offset
+        known, pattern = mask.known()
+        return pattern, (None if known else mask.dense()), None, mask.offset
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         raise Unsupported(f"a mask of type {type(mask).__name__} cannot be read; give one of 2 or 4 axes")
     if mask.dtype == torch.bool:

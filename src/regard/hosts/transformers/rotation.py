@@ -62,10 +62,10 @@ class Rotation:
 class Rotations:
     """The rotations of a model's layers, gathered pass by pass.
 
-    owners: module -> what its attention function is sent to, which one token of every layer goes around.
+    owners: module -> what gives what its attention function is sent to, which one token of every layer goes around.
     """
 
-    def __init__(self, owners: MutableMapping[nn.Module, Any]):
+    def __init__(self, owners: MutableMapping[nn.Module, Callable[[], Any]]):
         self.owners = owners
         self.layers: dict[int, Rotation] = {}
         self._joined: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -133,7 +133,7 @@ class Rotations:
     def _made(self, module: nn.Module, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The queries and keys that a layer sends to its attention function, without a cache."""
         owner = self.owners[module]
-        self.owners[module] = _Stop
+        self.owners[module] = lambda: _Stop
         try:
             # families call the cache by different names
             module.forward(

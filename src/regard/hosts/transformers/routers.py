@@ -50,14 +50,23 @@ def _by_softmax(router: Any, logits: Tensor, barred: Tensor, demanded: Tensor) -
 
 
 def _by_sigmoid(router: Any, logits: Tensor, barred: Tensor, demanded: Tensor) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V3: sigmoid; groups by their two best, corrected; then the largest k in the best groups."""
+    """DeepSeek-V3: sigmoid; groups by their two best, corrected; then the largest k in the best groups.
+
+    Where these hold fewer than k that are not barred, the best of the others follow; what is demanded comes from any group.
+    """
+    nothing = float("-inf")
     scores = logits.float().sigmoid().masked_fill(barred, 0.0)
-    choice = (scores + router.e_score_correction_bias).masked_fill(barred, 0.0).masked_fill(demanded, 1e9)
+    choice = (scores + router.e_score_correction_bias).masked_fill(barred, nothing).masked_fill(demanded, 1e9)
     groups = choice.unflatten(-1, (router.num_group, -1))
-    best = groups.topk(2, -1).values.sum(-1).topk(router.topk_group, -1).indices
+    two = groups.topk(2, -1).values
+    worth = two.masked_fill(two == nothing, 0.0).sum(-1).masked_fill(two[..., 0] == nothing, nothing)
+    best = worth.topk(router.topk_group, -1).indices
     inside = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(-1, best, True)
-    choice = groups.masked_fill(~inside.unsqueeze(-1), float("-inf")).flatten(-2).masked_fill(barred, float("-inf"))
-    experts = choice.topk(router.top_k, -1).indices
+    first = (inside.unsqueeze(-1).expand_as(groups).flatten(-2) | demanded) & ~barred
+    # by what they are worth, and then those of the chosen groups first
+    order = choice.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, first.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
+    experts = order[..., : router.top_k]
     weights = scores.gather(-1, experts)
     if router.norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

@@ -72,8 +72,8 @@ def swap(
     if (pattern is None) == (mixer is None):
         raise OptionError("give pattern= or mixer=, one of them")
     model = model_inside(model)
-    stack = anatomy(model).main.layers
-    chosen = tuple(range(len(stack))) if layers is None else tuple(layer % len(stack) for layer in layers)
+    stack = anatomy(model).main
+    chosen = stack.chosen(layers)
     if pattern is not None:
         if options:
             raise OptionError(f"a pattern takes no options, not {', '.join(options)}")
@@ -82,7 +82,7 @@ def swap(
     op = _op(mixer)
     if op is not None:
         return _by_session(model, chosen, _Instead(op, chosen, options))
-    return _by_module(model, [stack[layer] for layer in chosen], mixer, options)
+    return _by_module(model, [stack.layers[layer] for layer in chosen], mixer, options)
 
 
 def _op(name: str) -> Any:

@@ -6,6 +6,7 @@ What was compiled stays, and serves again when the session is over.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
@@ -23,15 +24,15 @@ def compiled_parts(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
             yield module, "forward", module._orig_mod.__call__
 
 
-def run_as_written(*models: nn.Module) -> Callable[[], None]:
-    """Let models run as they were written, whoever calls them; what is returned undoes it.
+def run_as_written(alone: Callable[[], AbstractContextManager[None]], *models: nn.Module) -> Callable[[], None]:
+    """Let models run as they were written, whoever calls them; what is returned undoes it. alone: in which they run.
 
     Those who compiled a model hold the graph, and a model does not know them. Graphs are compiled for the `forward` that was
     there: another one stops them.
     """
     before = {model: vars(model).get("forward") for model in models}
     for model, own in before.items():
-        model.forward = _AsWritten(model, own)
+        model.forward = _AsWritten(model, own, alone)
 
     def undo() -> None:
         for model, own in before.items():
@@ -46,8 +47,10 @@ def run_as_written(*models: nn.Module) -> Callable[[], None]:
 class _AsWritten:
     """The `forward` of a model, outside all graphs. In a copy of the model it is that of the copy."""
 
-    def __init__(self, model: nn.Module, own: Callable[..., Any] | None):
-        self.model, self.own = model, getattr(own, "_torchdynamo_orig_callable", own)
+    def __init__(
+        self, model: nn.Module, own: Callable[..., Any] | None, alone: Callable[[], AbstractContextManager[None]]
+    ):
+        self.model, self.alone, self.own = model, alone, getattr(own, "_torchdynamo_orig_callable", own)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -55,4 +58,5 @@ class _AsWritten:
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__wrapped__(*args, **kwargs)
+        with self.alone():
+            return self.__wrapped__(*args, **kwargs)

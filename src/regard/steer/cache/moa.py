@@ -55,7 +55,8 @@ CARD = InterventionCard(
 class MoA:
     """Let every head see a block of sinks and a band of its own (section 3).
 
-    plan: a `MoAPlan`, its JSON, or its fields. length: tokens for which the bands are made, those of the prompt if None.
+    plan: a `MoAPlan`, its JSON, or its fields. length: tokens for which the bands are made, those of the prompt if
+    None; of a prompt in pieces the first ones know less than all of it, so give its length where the plan has betas.
     Blocks are counted from the first token, so rows with pads on the left are refused. Raises OptionError; Unsupported.
     """
 
@@ -87,36 +88,35 @@ class _Bands:
     card = CARD
 
     def __init__(self, plan: MoAPlan, length: int | None):
-        self.plan, self.length, self.prompt = plan, length, 0
+        self.plan, self.length = plan, length
 
     def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
         if not call.main:
             return follow()
         first, n, m = call.step.start, call.q.shape[2], call.k.shape[2]
-        if call.step.phase == "prefill":
-            # a prompt in pieces grows; its bands are those of what came
-            self.prompt = first + n
-        if self._covers(call.layer, first + n):
+        if self._covers(call.step, call.layer):
             return follow()
         if call.step.has_pads:
             raise Unsupported("moa counts blocks from the first token, which pads would move: write row by row")
         if call.positions is None and first == 0:
-            pattern: Pattern = Causal() & self.plan.pattern(call.layer, self._length(first + n))
+            pattern: Pattern = Causal() & self.plan.pattern(call.layer, self._length(call.step))
             return follow(call.replace(pattern=pattern if call.pattern is None else call.pattern & pattern))
-        positions = torch.arange(m, device=call.k.device).view(1, 1, m) if call.positions is None else call.positions
+        # a layer with a window of its own holds the last keys
+        last = torch.arange(first + n - m, first + n, device=call.k.device).view(1, 1, m)
+        positions = last if call.positions is None else call.positions
         groups = call.q.shape[1] // positions.shape[1]
         keys = positions.repeat_interleave(groups, 1) if positions.shape[1] > 1 else positions
         queries = torch.arange(first, first + n, device=keys.device)
-        visible = self._visible(call.layer, queries[:, None], keys.unsqueeze(2), call.q.shape[1])
+        visible = self._visible(call, queries[:, None], keys.unsqueeze(2))
         return follow(call.replace(mask=visible if call.mask is None else visible & call.mask))
 
     def on_kv(self, step: Step, layer: int, kept: Any) -> None:
         """Let go what no later query of a group sees; once a block."""
-        if self._covers(layer, step.start + 1) or not (step.decoded == 1 or step.start % self.plan.block == 0):
+        if self._covers(step, layer) or not (step.decoded == 1 or step.start % self.plan.block == 0):
             return
         positions = kept.positions_of_all()
         groups = positions.shape[1]
-        bands = self._bands(layer).view(groups, -1).amax(1)
+        bands = self._bands(step, layer).view(groups, -1).amax(1)
         seen = _seen(step.start, positions, bands.to(positions.device).view(1, -1, 1), self.plan.block)
         most = int(seen.sum(-1).max())
         if most == positions.shape[2]:
@@ -125,18 +125,19 @@ class _Bands:
         order = torch.where(seen, torch.arange(seen.shape[2], device=seen.device), seen.shape[2]).sort(-1).values
         kept.keep(order[..., :most].masked_fill(order[..., :most] == seen.shape[2], -1))
 
-    def _length(self, length: int) -> int:
-        return self.length or self.prompt or length
+    def _length(self, step: Step) -> int:
+        """Tokens of the prompt, as far as it came."""
+        return self.length or step.start + step.tokens - step.decoded
 
-    def _bands(self, layer: int) -> Tensor:
-        return torch.tensor(self.plan.band_blocks(layer, self._length(1)))
+    def _bands(self, step: Step, layer: int) -> Tensor:
+        return torch.tensor(self.plan.band_blocks(layer, self._length(step)))
 
-    def _covers(self, layer: int, length: int) -> bool:
+    def _covers(self, step: Step, layer: int) -> bool:
         """Whether all heads see everything."""
-        return int(self._bands(layer).min()) >= block_count(length, self.plan.block)
+        return int(self._bands(step, layer).min()) >= block_count(step.start + step.tokens, self.plan.block)
 
-    def _visible(self, layer: int, queries: Tensor, keys: Tensor, heads: int) -> Tensor:
-        bands = self._bands(layer).to(keys.device).view(1, heads, 1, 1)
+    def _visible(self, call: AttentionCall, queries: Tensor, keys: Tensor) -> Tensor:
+        bands = self._bands(call.step, call.layer).to(keys.device).view(1, call.q.shape[1], 1, 1)
         return _seen(queries, keys, bands, self.plan.block) & (keys <= queries)
 
 

@@ -34,6 +34,8 @@ CARD = InterventionCard(
     padding=True,
 )
 
+# the ids of a sequence so far, and its source
+_NOTE = "largepig"
 _LEAST = 1e-7
 _LOG_2 = math.log(2)
 
@@ -43,14 +45,15 @@ _LOG_2 = math.log(2)
 class LargePiG:
     """Mix what the model writes with words of the source that its last layer attends to (section 3); logits are then log P.
 
-    source: which tokens of the prompt may be copied, a slice or (start, stop) that counts a row's tokens without pads, or bool
-    (B, P) over the padded prompt; None for all. Begin, end and pad tokens never are. candidate_layers: after how many layers a
-    stream is compared with the last, 0 to L - 1; None for the even numbers in the last fifth. scale: of the divergence, cap: of
-    the gate. normalise: weights within the source sum to 1. attention_layer: whose weights point, negative from the last.
-    divergence: "official" or "jsd", see `layer_divergence`; with "jsd" scale is at most 1 / ln 2. contrast: instead of
-    the logits their difference to the most divergent candidate, for tokens at least relative_top as likely as the best
-    (DoLa). source_mask: (ids (B, P)) -> bool (B, P), which of the source is certain enough. Raises OptionError; Unsupported for
-    models that get embeddings instead of ids.
+    source: which tokens of the prompt may be copied, a slice or (start, stop) that counts a row's tokens without pads,
+    or bool (B, P) over the padded prompt; None for all. Begin, end and pad tokens never are. candidate_layers: after
+    how many layers a stream is compared with the last, 0 to L - 1; None for the even numbers in the last fifth. scale:
+    of the divergence, cap: of the gate. normalise: weights within the source sum to 1. attention_layer: whose weights
+    point, negative from the last. divergence: "official" or "jsd", see `layer_divergence`; with "jsd" scale is at most
+    1 / ln 2. contrast: instead of the logits their difference to the most divergent candidate, for tokens at least
+    relative_top as likely as the best (DoLa). source_mask: (ids (B, P)) -> bool (B, P), which of the source is certain
+    enough. After beams of one's own, whose rows changed places, the next turn begins with its whole text. Raises
+    OptionError; Unsupported for models that get embeddings instead of ids.
     """
 
     source: slice | tuple[int | None, int | None] | Tensor | None = None
@@ -164,11 +167,13 @@ class _Pointing:
         """Note the ids of this pass; with every piece of a prompt, what its source is."""
         if ids is None:
             raise Unsupported("the model got embeddings; the words that are pointed at must come as input ids")
-        self.ids = ids if step.start == 0 else torch.cat((self.ids, ids), 1) if len(self.ids) == len(ids) else ids
+        before, self.source = step.notes.get(_NOTE, (ids[:, :0], None))
+        self.ids = torch.cat((before, ids), 1) if len(before) == len(ids) else ids
         if self.ids.shape[1] != step.start + step.tokens:
             raise Unsupported("this pass goes on with a cache from before the block: begin with the prompt inside it")
         if step.phase == "prefill":
             self.source = self._source(step)
+        step.notes[_NOTE] = self.ids, self.source
 
     def _source(self, step: Step) -> Tensor | None:
         """bool (B, P); None while pieces of the prompt are missing."""

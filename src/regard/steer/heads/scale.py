@@ -2,7 +2,8 @@
 
     z_h <- s z_h,   attn_out <- s attn_out,   mlp_out <- s mlp_out
 
-Taking a head out: its output becomes 0 or its mean, or its queries become 0, so that it weighs all keys alike.
+Taking a head out: its output becomes 0, its mean, or what it says elsewhere, or its queries become 0, so that it weighs all
+keys alike.
 """
 
 from __future__ import annotations
@@ -43,19 +44,21 @@ class AblateHeads:
     """Take heads out.
 
     heads: pairs (layer, head), layers negative from the last. mode: "zero" their outputs; "mean", they say what they say
-    on average over the real tokens of `tape`, which holds z; "mask_query", zero queries, so that the mean of the values
-    in sight comes out (biases stay). Raises OptionError; Unsupported for "mask_query" where attention is not dispatched.
+    on average over the real tokens of `tape`, which holds z; "resample", what they say at one of these, drawn for every row
+    and place by `seed`, the same in all layers; "mask_query", zero queries, so that the mean of the values in sight comes out
+    (biases stay). Raises OptionError; Unsupported for "mask_query" where attention is not dispatched.
     """
 
     heads: Sequence[tuple[int, int]]
-    mode: Literal["zero", "mean", "mask_query"] = "zero"
+    mode: Literal["zero", "mean", "resample", "mask_query"] = "zero"
     tape: Tape | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.mode not in ("zero", "mean", "mask_query"):
-            raise OptionError(f'mode is "zero", "mean" or "mask_query", not {self.mode!r}')
-        if (self.mode == "mean") != (self.tape is not None):
-            raise OptionError('mode="mean" takes a tape= with the site z, and no other mode does')
+        if self.mode not in ("zero", "mean", "resample", "mask_query"):
+            raise OptionError(f'mode is "zero", "mean", "resample" or "mask_query", not {self.mode!r}')
+        if (self.mode in ("mean", "resample")) != (self.tape is not None):
+            raise OptionError('mode="mean" and "resample" take a tape= with the site z, and no other mode does')
         if self.mode == "mask_query":
             object.__setattr__(self, "card", dataclasses.replace(CARD, sites=("q",)))
 
@@ -77,9 +80,9 @@ class _Ablation:
             self.on_z = None  # type: ignore[assignment]
         else:
             self.on_attention = None  # type: ignore[assignment]
-        self.means = {}
+        self.said = {}
         if settings.tape is not None:
-            self.means = {layer: _mean_of_real(settings.tape, layer) for layer in chosen}
+            self.said = {layer: _at_real_tokens(settings.tape, layer) for layer in chosen}
 
     def on_z(self, call: AttentionCall, z: Tensor) -> Tensor:
         heads = self._heads(call)
@@ -88,7 +91,13 @@ class _Ablation:
         taken = _among(heads, z)
         if self.settings.mode == "zero":
             return z.masked_fill(taken, 0.0)
-        return torch.where(taken, self.means[call.layer].to(z)[None, :, None], z)
+        said = self.said[call.layer].to(z)
+        if self.settings.mode == "mean":
+            return torch.where(taken, said.mean(0)[:, None], z)
+        # of the pass alone, so that every layer draws the same
+        draw = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + call.step.index)
+        tokens = torch.randint(len(said), (z.shape[0], z.shape[2]), generator=draw).to(z.device)
+        return torch.where(taken, said[tokens].transpose(1, 2), z)
 
     def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
         heads = self._heads(call)
@@ -158,7 +167,7 @@ def _among(heads: list[int], x: Tensor) -> Tensor:
     return taken
 
 
-def _mean_of_real(tape: Tape, layer: int) -> Tensor:
-    """What each head of a layer says on average over the tokens that are no pads: (H, E)."""
+def _at_real_tokens(tape: Tape, layer: int) -> Tensor:
+    """What each head of a layer says at the tokens that are no pads: (T, H, E)."""
     z, padding = tape["z", layer], tape.meta.get("padding")
-    return z.flatten(0, 1).mean(0) if padding is None else z[padding].mean(0)
+    return z.flatten(0, 1) if padding is None else z[padding]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regard.contract.attach import AttentionCall, Step, intervention, steer
@@ -40,6 +41,8 @@ CARD = InterventionCard(
 )
 
 _SINKS = "act{}"
+# where the prompt's pieces end so far, what each key of a layer got in them, and from how many rows, (B, H, M)
+_PIECES = "act {}"
 
 
 @intervention(CARD)
@@ -47,11 +50,12 @@ _SINKS = "act{}"
 class AttentionCalibration:
     """Take weight off the sinks of chosen heads, but for the initial one, and give it to the row's other keys (section 4).
 
-    heads: layer -> heads, layers negative from the last, or "all" of every layer but the first two and the last. beta: the
-    share that a sink keeps, 0 to 1. alpha: a sink gets more than alpha / N on average, N the tokens of its row; or
-    threshold, with alpha=None, the bar itself. decode: "off", only prompts are calibrated, or "reuse", steps after them too,
-    with the sinks of the prompt. Pads count as tokens where no attention mask names them. Raises OptionError; Unsupported
-    where keys to reuse are not kept (sliding windows).
+    heads: layer -> heads, layers negative from the last, or "all" of every layer but the first two and the last. beta:
+    the share that a sink keeps, 0 to 1. alpha: a sink gets more than alpha / N on average, N the tokens of its row; or
+    threshold, with alpha=None, the bar itself. decode: "off", only prompts are calibrated, or "reuse", steps after them
+    too, with the sinks of the prompt. Of a prompt in pieces each has the sinks of the rows so far: the sums are those
+    of one pass, but earlier rows keep what they got. Pads count as tokens where no attention mask names them. Raises
+    OptionError; Unsupported where keys to reuse are not kept (sliding windows).
     """
 
     heads: Literal["all"] | Mapping[int, Sequence[int]]
@@ -145,6 +149,7 @@ class _Calibration:
     @torch.no_grad()
     def _found(self, call: AttentionCall) -> Tensor | None:
         if call.step.phase == "decode":
+            call.step.notes.pop(_PIECES.format(call.layer), None)
             return self._of_the_prompt(call) if self.settings.decode == "reuse" else None
         call = _without_pad_rows(call)
         visible, (n, m) = call.visible(), (call.q.shape[2], call.k.shape[2])
@@ -152,15 +157,27 @@ class _Calibration:
         rows = (
             torch.full((1, 1, m), n, device=call.q.device) if visible is None else visible.expand(-1, -1, n, -1).sum(-2)
         )
+        got, rows = self._with_earlier_pieces(call, call.received(), rows)
         tokens = (rows > 0).sum(-1, keepdim=True).clamp(min=1)
         bar = sink_bar(tokens, self.settings.alpha, self.settings.threshold)
         chosen = torch.zeros(call.q.shape[1], 1, dtype=torch.bool, device=call.q.device)
         chosen[self.heads[call.layer]] = True
-        sinks = column_sinks(call.received() / rows.clamp(min=1), bar) & chosen
+        sinks = column_sinks(got / rows.clamp(min=1), bar) & chosen
         if self.settings.decode == "reuse" and call.kept is not None:
             groups = sinks.unflatten(1, (call.kept.keys.shape[1], -1)).unbind(2)
             call.kept.marks |= {_SINKS.format(i): group for i, group in enumerate(groups)}
         return sinks
+
+    def _with_earlier_pieces(self, call: AttentionCall, got: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What each key got from this pass and from those before it that were of the prompt, and from how many rows."""
+        name, step, n, m = _PIECES.format(call.layer), call.step, call.q.shape[2], call.k.shape[2]
+        end, before_got, before_rows = step.notes.get(name, (0, got[..., :0], rows[..., :0]))
+        # a layer that runs again for its gradients has noted this pass already
+        if end == step.start and before_got.shape[0] == got.shape[0] and before_got.shape[2] + n >= m:
+            # a window has let go the first ones
+            got, rows = (x + F.pad(y, (0, n))[..., -m:] for x, y in ((got, before_got), (rows, before_rows)))
+        step.notes[name] = step.start + step.tokens, got, rows
+        return got, rows
 
     def _of_the_prompt(self, call: AttentionCall) -> Tensor | None:
         if call.kept is None:

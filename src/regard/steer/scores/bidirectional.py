@@ -35,8 +35,9 @@ _LAYERS = ("full_attention", "sliding_attention")
 class Bidirectional:
     """Let every token see those after it; a model that is not causal stays as it is (NV-Embed, section 3.1).
 
-    Raises Unsupported for models that keep order in another way: recurrent layers, chunks, a decoder under an encoder, or
-    attention of their own that is not dispatched.
+    Of a prompt in pieces no token sees the pieces after its own: give it whole. Raises Unsupported for models that keep
+    order in another way: recurrent layers, chunks, a decoder under an encoder, or attention of their own that is not
+    dispatched.
     """
 
     def start(self, session: Any) -> Bidirectional:

@@ -39,10 +39,11 @@ CARD = InterventionCard(
 class SetAttention:
     """Let chosen heads look at target places of the prompt, all of them alike.
 
-    heads: layer -> heads, layers negative from the last. target: places for all rows, or for each row its own, counted from
-    the row's first token that is no pad, or negative from the prompt's last. weight: what the targets get of a row, 0 to 1.
-    queries: "last", the last one of each pass, or "all"; a row that sees no target stays as it is. Raises OptionError,
-    ShapeError where there are other rows than targets.
+    heads: layer -> heads, layers negative from the last. target: places for all rows, or for each row its own, counted
+    from the row's first token that is no pad, or negative from the prompt's last; of a prompt in pieces from the last
+    so far, and targets lie in the first piece. weight: what the targets get of a row, 0 to 1. queries: "last", the last
+    one of each pass, or "all"; a row that sees no target stays as it is. Raises OptionError, ShapeError where there are
+    other rows than targets.
     """
 
     heads: Mapping[int, Sequence[int]]

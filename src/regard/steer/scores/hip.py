@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from regard.contract.attach import AttentionCall, Session, intervention
+from regard.contract.attach import AttentionCall, Session, Step, intervention
 from regard.contract.card import InterventionCard
 from regard.contract.errors import OptionError, Unsupported
 from regard.engines.block_sparse import block_sparse
@@ -33,10 +34,11 @@ CARD = InterventionCard(
 class HiP:
     """Attend to the last keys, the first ones and `budget` others that a search finds (section 3). The cache stays whole.
 
-    budget: keys found for each block of queries. block_q, block_k: rows and keys of a block; while writing a row is a block.
-    recent, sinks: keys that are always seen. representative: "first" or "center". dense_layers: the first so many layers
-    see all. refresh: a search serves so many tokens that are written. Rows with pads are refused, since ranges of the
-    search start at the first token. Raises OptionError, Unsupported.
+    budget: keys found for each block of queries. block_q, block_k: rows and keys of a block; while writing a row is a
+    block. recent, sinks: keys that are always seen. representative: "first" or "center". dense_layers: the first so
+    many layers see all. refresh: a search serves so many tokens that are written; beyond 1 not with caches that keep
+    their keys in place, whose rows it could not follow. Rows with pads are refused, since ranges of the search start at
+    the first token. Raises OptionError, Unsupported.
     """
 
     budget: int = 512
@@ -64,13 +66,19 @@ class HiP:
 
 
 class _Search:
-    """The effect: selections, kept while they serve."""
+    """The effect. A selection that serves again stands in the cache, (B, H, 1, K), with the place it was made for, (B,)."""
 
     card = CARD
 
     def __init__(self, given: HiP):
         self.given = given
-        self.found: dict[int, tuple[int, BlockSelection]] = {}
+        self.made: BlockSelection | None = None
+        self.notes = tuple(f"hip {what} of {given.block_k}" for what in ("blocks", "place"))
+        if given.refresh == 1:
+            self.on_kv = None  # type: ignore[assignment]
+
+    def on_kv(self, step: Step, layer: int, kept: Any) -> None:
+        """Nothing is given up: with this the host keeps a cache in which notes follow their rows."""
 
     def on_attention(self, call: AttentionCall, follow: Callable[..., Tensor]) -> Tensor:
         given, n, m = self.given, call.q.shape[2], call.k.shape[2]
@@ -87,15 +95,22 @@ class _Search:
         return follow(call.instead_of(made.out, "hip"))
 
     def _select(self, call: AttentionCall, n: int) -> BlockSelection:
-        given, written = self.given, call.step.phase == "decode"
-        born, kept = self.found.get(call.layer, (0, None))
-        if written and kept is not None and 0 < call.step.start - born < given.refresh:
-            return kept
+        given, start, written = self.given, call.step.start, call.step.phase == "decode"
+        serves = written and given.refresh > 1 and call.kept is not None
+        if serves and self.made is not None and self.notes[0] in call.kept.notes:
+            blocks, place = (call.kept.notes[name] for name in self.notes)
+            if 0 < start - int(place[0]) < given.refresh:
+                return replace(self.made, indices=blocks)
         block_q = 1 if written or call.step.start % given.block_q else given.block_q
         selection = hip_select(
             call.q, call.k, budget=given.budget, block_q=block_q, block_k=given.block_k, recent=given.recent,
             sinks=given.sinks, representative=given.representative, q_offset=call.step.start,
         )  # fmt: skip
-        if written:
-            self.found[call.layer] = (call.step.start, selection)
+        if serves:
+            self.made = selection
+            places = torch.full((call.q.shape[0],), start, device=call.q.device)
+            call.kept.notes |= dict(zip(self.notes, (selection.indices, places), strict=True))
+        elif call.kept is not None:
+            # it was of an earlier turn
+            call.kept.notes = {k: x for k, x in call.kept.notes.items() if k not in self.notes}
         return selection
