@@ -285,6 +285,34 @@ def test_claims_are_refuted_by_other_scores():
     assert equal.sentences[0] in equal.refuted(even)
 
 
+@pytest.mark.parametrize("times", [2, 3, 7])
+def test_a_multiple_is_not_exceeded_by_itself(times):
+    """Thirds and sevenths are rounded to millionths, which must not make them more."""
+    scores = [0.0] * 12
+    scores[2], scores[8] = float(times), 1.0
+    found = verbalize(words(12), scores, "label", "topk", coverage=0.0, value=1.0)
+    claims = [s for s in found.sentences if s.kind == "comparison"]
+    assert [s.value for s in claims] == ([times - 1] if times > 2 else [])
+    scores[2] += 0.01
+    (claim,) = (
+        s
+        for s in verbalize(words(12), scores, "label", "topk", coverage=0.0, value=1.0).sentences
+        if s.kind == "comparison"
+    )
+    assert claim.value == times and f"{times} times" in claim.text
+    scores[2] -= 0.01
+    assert claim in replace(found, sentences=(claim,)).refuted(scores)
+
+
+def test_sums_that_are_equal_but_for_rounding_are_equal():
+    scores = [0.0] * 14
+    scores[2:5] = [1 / 3] * 3
+    scores[9] = 1.0
+    found = verbalize(words(14), scores, "label", value=0.6, coverage=0.0)
+    assert {s.indices for s in found.snippets} == {(2, 3, 4), (9,)}
+    assert found.sentences[0].kind == "equal" and found.verify()
+
+
 PIECES = Tokens(
     "unbelievably bad, bad", tuple(range(8)), ((0, 0), (0, 2), (2, 9), (9, 12), (13, 16), (16, 17), (18, 21), (0, 0))
 )

@@ -434,3 +434,18 @@ def test_several_sequences_on_one_tape_follow_each_other():
         run(model, first)
         run(model, second)
     assert tape.steps() == 1 and torch.equal(tape["z", 1], record(model, first, sites=("z",))["z", 1])
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_the_heads_of_a_family_that_dispatches_no_attention_are_recorded_too(grads):
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4)
+    model, inputs = transformers.BloomForCausalLM(config).eval(), prompt(length=9)
+    plain = run(model, inputs)
+    tape = record(model, inputs, sites=("z", "attn_out"), grads=grads)
+    assert torch.equal(tape.output.logits, plain) and tape.layers("z") == [0, 1]
+    without = _patched(model, inputs, Edit("z", 1, value=0.0))
+    with patch(model, [Edit("z", 1, value=0.0)]), recording(model, sites=("z",)) as patched:
+        run(model, inputs)
+    assert (patched["z", 1] == 0).all() and not torch.equal(without, plain)
+    assert torch.equal(_patched(model, inputs, Edit("z", 1, from_tape=tape)), plain)

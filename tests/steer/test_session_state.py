@@ -238,6 +238,14 @@ def test_a_second_turn_may_come_in_pieces(way, padded):
     inputs = {"input_ids": torch.cat((out.sequences, more), 1)}
     inputs["attention_mask"] = torch.cat((first["attention_mask"], torch.ones(2, 13, dtype=torch.int64)), 1)
 
+    cache = generate(model, first).past_key_values
+    at_once, in_pieces = (
+        generate(model, inputs, past_key_values=copy.deepcopy(cache), prefill_chunk_size=piece).logits[0]
+        for piece in (None, 3)
+    )
+    if (at_once - in_pieces).abs().max() > 1e-3:
+        pytest.skip("this version of transformers reads the first turn again, whoever steers")
+
     def second(**options):
         return held_of(model, WAYS[way], inputs, past_key_values=copy.deepcopy(out.past_key_values), **options)
 

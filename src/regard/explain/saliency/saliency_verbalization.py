@@ -362,11 +362,14 @@ def _claims(units: Sequence[int], snippets: Sequence[Snippet], settings: tuple[A
     weights = _evidence(units, settings[4])
     held = [sum(weights[i] for i in snippet.indices) for snippet in snippets]
     first, *others = snippets
-    claims = [
-        Sentence("most" if max(held[1:], default=0) < held[0] else "equal", "", first.indices, value=first.coverage)
-    ]
-    if others and (times := (held[0] - 1) // held[1]) >= 2:
-        claims.append(Sentence("comparison", "", first.indices, others[0].indices, times))
+    most = all(_exceeds(weights, first.indices, other.indices) for other in others)
+    claims = [Sentence("most" if most else "equal", "", first.indices, value=first.coverage)]
+    if others:
+        times = held[0] // held[1]
+        while times >= 2 and not _exceeds(weights, first.indices, others[0].indices, times):
+            times -= 1
+        if times >= 2:
+            claims.append(Sentence("comparison", "", first.indices, others[0].indices, times))
     claims += [Sentence("also", "", other.indices, value=other.coverage) for other in others]
     if others:
         everything = tuple(sorted(i for snippet in snippets for i in snippet.indices))
@@ -393,13 +396,19 @@ def _true(claim: Sentence, units: Sequence[int], named: Sequence[tuple[int, ...]
         return False
     held = sum(weights[i] for i in claim.indices)
     if claim.kind == "comparison":
-        return held > claim.value * sum(weights[i] for i in claim.than)
-    others = [sum(weights[i] for i in places) for places in named if places != claim.indices]
-    if claim.kind == "most" and max(others, default=0) >= held:
+        return _exceeds(weights, claim.indices, claim.than, claim.value)
+    others = [places for places in named if places != claim.indices]
+    if claim.kind == "most" and not all(_exceeds(weights, claim.indices, places) for places in others):
         return False
-    if claim.kind == "equal" and max(others, default=0) > held:
+    if claim.kind == "equal" and any(_exceeds(weights, places, claim.indices) for places in others):
         return False
     return round(100 * held / total) == round(100 * claim.value)
+
+
+def _exceeds(weights: Sequence[int], places: Sequence[int], others: Sequence[int], times: float = 1) -> bool:
+    """Whether some words hold more than so many times what others do, whichever way their scores were rounded."""
+    doubled, than = (2 * sum(weights[i] for i in some) for some in (places, others))
+    return doubled - len(places) > times * (than + len(others))
 
 
 def _sentence(
